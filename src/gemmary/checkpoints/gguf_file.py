@@ -1,0 +1,306 @@
+"""The GGUF container (ggml's docs/gguf.md, versions 2 and 3), read within bounds and written one tensor at a time.
+
+The header reader is our own: every count is checked against a limit and against the bytes that are left before anything is
+made of it. Dequantizing is the `gguf` package's. A file may come in parts that are read as one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from gemmary.errors import GemmaryError
+
+__all__ = ["READ_TYPES", "WRITE_TYPES", "Entry", "GGUFReader", "GGUFWriter"]
+
+_MAGIC = b"GGUF"
+_MOST_KEYS = _MOST_TENSORS = 65536
+_MOST_STRING = 16 << 20
+_MOST_ELEMENTS = 4 << 20
+_MOST_DIMS = 4
+_MOST_NAME = 256
+_MOST_BLOCK_BYTES = 64 << 20  # of a quantized tensor, dequantized at a time
+
+# Value types of metadata, by their number: struct code, or NumPy dtype for arrays of it.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_NUMBERS = {np.dtype(code): number for number, code in _SCALARS.items()}
+
+_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+READ_TYPES = (*_PLAIN, "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
+WRITE_TYPES = ("F32", "BF16", "Q8_0")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its ggml type, its shape (NumPy's order, the reverse of the file's), and where its bytes are.
+
+    `dtype` is that of `read`: quantized types come as float32.
+    """
+
+    type_name: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return _PLAIN.get(self.type_name, np.dtype(np.float32))
+
+
+class _Parts:
+    """Files read as if they were one."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more parts"
+        try:
+            self._files = [path.open("rb") for path in paths]
+        except OSError as error:
+            raise GemmaryError(f"{error.filename} cannot be read: {error.strerror}") from None
+        self._starts = [0]
+        for path in paths:
+            self._starts.append(self._starts[-1] + path.stat().st_size)
+        self.size = self._starts[-1]
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        """Fill `view` from `start` on; the caller has checked that it fits."""
+        part = bisect.bisect_right(self._starts, start) - 1
+        filled = 0
+        while filled < len(view):
+            file = self._files[part]
+            file.seek(start + filled - self._starts[part])
+            end = min(len(view), self._starts[part + 1] - start)
+            count = file.readinto(view[filled:end])  # type: ignore[attr-defined]
+            if not count:
+                raise GemmaryError(f"{self.where} ends early; fetch it again")
+            filled += count
+            part += filled == end
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+class _Header:
+    """A cursor over the file that never reads past its end."""
+
+    _AHEAD = 1 << 20
+
+    def __init__(self, parts: _Parts) -> None:
+        self._parts, self.at = parts, 0
+        self._window, self._window_start = b"", 0
+
+    def bytes(self, count: int) -> bytes:
+        if count > self._parts.size - self.at:
+            raise GemmaryError(f"{self._parts.where} ends inside its header; fetch it again")
+        begin = self.at - self._window_start
+        if begin + count > len(self._window):
+            length = min(max(count, self._AHEAD), self._parts.size - self.at)
+            buffer = bytearray(length)
+            self._parts.read_into(self.at, memoryview(buffer))
+            self._window, self._window_start, begin = bytes(buffer), self.at, 0
+        self.at += count
+        return self._window[begin : begin + count]
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.bytes(struct.calcsize(code)))[0]
+
+    def string(self, most: int = _MOST_STRING) -> str:
+        length = self.number("Q")
+        if length > most:
+            raise GemmaryError(f"{self._parts.where} has a string of {length} bytes in its header: it is damaged")
+        return self.bytes(length).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise GemmaryError(f"{self._parts.where} has a metadata value of unknown type {kind}: it is damaged")
+        of, count = self.number("I"), self.number("Q")
+        if count > _MOST_ELEMENTS or (of not in _SCALARS and of != _STRING):
+            raise GemmaryError(f"{self._parts.where} has an array of {count} values of type {of}: too large, or nested")
+        if of == _STRING:
+            if count * 8 > self._parts.size - self.at:
+                raise GemmaryError(f"{self._parts.where} ends inside its header; fetch it again")
+            return [self.string() for _ in range(count)]
+        dtype = np.dtype(_SCALARS[of]).newbyteorder("<")
+        return np.frombuffer(self.bytes(count * dtype.itemsize), dtype)
+
+
+class GGUFReader:
+    """Reads a GGUF: `fields` (metadata: Python scalars and strings, lists of strings, NumPy arrays) and `entries`.
+
+    Raises GemmaryError for a wrong magic, version or byte order, for counts and sizes above the limits, for names that come
+    twice, for tensors of other types, outside the file, misaligned or overlapping.
+    """
+
+    def __init__(self, paths: Path | Sequence[Path]) -> None:
+        self._parts = _Parts([paths] if isinstance(paths, Path) else list(paths))
+        try:
+            self._read_header()
+        except BaseException:
+            self._parts.close()
+            raise
+
+    def _read_header(self) -> None:
+        where, header = self._parts.where, _Header(self._parts)
+        if header.bytes(4) != _MAGIC:
+            raise GemmaryError(f"{where} is not a GGUF file")
+        version = header.number("I")
+        if version not in (2, 3):
+            hint = "it is big-endian" if version in (2 << 24, 3 << 24) else "versions 2 and 3 are read"
+            raise GemmaryError(f"{where} is GGUF version {version}: {hint}")
+        tensors, keys = header.number("Q"), header.number("Q")
+        if tensors > _MOST_TENSORS or keys > _MOST_KEYS:
+            raise GemmaryError(f"{where} claims {keys} keys and {tensors} tensors; at most {_MOST_KEYS} of each are read")
+        self.fields: dict[str, Any] = {}
+        for _ in range(keys):
+            key = header.string(1 << 16)
+            if key in self.fields:
+                raise GemmaryError(f"{where} has the key {key[:60]!r} twice: it is damaged")
+            self.fields[key] = header.value(header.number("I"))
+        alignment = self.fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+            raise GemmaryError(f"{where} has an alignment of {alignment!r}: it must be a power of two")
+        infos = [self._tensor_info(header) for _ in range(tensors)]
+        data = -(-header.at // alignment) * alignment
+        self.entries = {name: self._entry(name, *info, data, alignment) for name, *info in infos}
+        if len(self.entries) != tensors:
+            raise GemmaryError(f"{where} has two tensors of one name: it is damaged")
+        ends = 0
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.start):
+            if entry.start < ends:
+                raise GemmaryError(f"{where} has tensors that overlap: it is damaged")
+            ends = entry.start + entry.nbytes
+
+    def _tensor_info(self, header: _Header) -> tuple[str, tuple[int, ...], int, int]:
+        name = header.string(_MOST_NAME)
+        dims = header.number("I")
+        if not 1 <= dims <= _MOST_DIMS:
+            raise GemmaryError(f"{self._parts.where}: {name!r} has {dims} dimensions; GGUF has 1 to {_MOST_DIMS}")
+        shape = tuple(header.number("Q") for _ in range(dims))[::-1]
+        return name, shape, header.number("I"), header.number("Q")
+
+    def _entry(self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int, alignment: int) -> Entry:
+        where = self._parts.where
+        known = {int(t): t.name for t in GGMLQuantizationType}
+        if known.get(kind) not in READ_TYPES:
+            raise GemmaryError(f"{where}: {name} is {known.get(kind, kind)}; gemmary reads {', '.join(READ_TYPES)}")
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if not all(shape) or shape[-1] % block:
+            raise GemmaryError(f"{where}: {name} has the shape {list(shape)}, which its type cannot have")
+        nbytes = math.prod(shape) // block * block_bytes
+        if offset % alignment or data + offset + nbytes > self._parts.size:
+            raise GemmaryError(f"{where}: {name} lies outside the file or misaligned; the file is cut short or damaged")
+        return Entry(known[kind], shape, data + offset, nbytes)
+
+    def read(self, name: str) -> np.ndarray:
+        """That tensor: F32, F16 and BF16 as they are, quantized types as float32, some rows at a time."""
+        entry = self.entries[name]
+        if entry.type_name in _PLAIN:
+            plain = np.empty(entry.shape, entry.dtype)
+            self._parts.read_into(entry.start, memoryview(plain.reshape(-1).view(np.uint8)))
+            return plain
+        out = np.empty(entry.shape, np.float32)
+        rows = out.reshape(-1, entry.shape[-1])
+        row_bytes = entry.nbytes // len(rows)
+        step = max(1, _MOST_BLOCK_BYTES // (4 * entry.shape[-1]))
+        kind = GGMLQuantizationType[entry.type_name]
+        for start in range(0, len(rows), step):
+            packed = np.empty((min(step, len(rows) - start), row_bytes), np.uint8)
+            self._parts.read_into(entry.start + start * row_bytes, memoryview(packed.reshape(-1)))
+            rows[start : start + step] = dequantize(packed, kind)
+        return out
+
+    def close(self) -> None:
+        self._parts.close()
+
+
+class GGUFWriter:
+    """Writes a GGUF of planned tensors, (name, shape, type), in any order; `close` checks that all came.
+
+    In `fields` a NumPy scalar or array says its own type; bool, str and lists of str are as GGUF has them.
+    """
+
+    _ALIGNMENT = 32
+
+    def __init__(
+        self, path: Path, fields: Mapping[str, Any], plan: Sequence[tuple[str, tuple[int, ...], str]]
+    ) -> None:
+        header = [_MAGIC, struct.pack("<IQQ", 3, len(plan), len(fields))]
+        for key, value in fields.items():
+            header += [_string(key), *_value(value)]
+        self._places: dict[str, tuple[int, tuple[int, ...], str]] = {}
+        at = 0
+        for name, shape, kind in plan:
+            number = GGMLQuantizationType[kind]
+            block, block_bytes = GGML_QUANT_SIZES[number]
+            if kind not in WRITE_TYPES or shape[-1] % block:
+                raise GemmaryError(f"{name} of shape {list(shape)} cannot be written as {kind}")
+            header += [_string(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], number, at)]
+            self._places[name] = at, tuple(shape), kind
+            at = self._aligned(at + math.prod(shape) // block * block_bytes)
+        head = b"".join(header)
+        self._data = self._aligned(len(head))
+        self._file = path.open("w+b")
+        self._file.write(head)
+        self._file.truncate(self._data + at)
+
+    def _aligned(self, at: int) -> int:
+        return -(-at // self._ALIGNMENT) * self._ALIGNMENT
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Put a tensor in its place, in its planned type. Raises GemmaryError where it was not planned, or came before."""
+        if name not in self._places:
+            raise GemmaryError(f"{name} was not planned, or was written already")
+        at, shape, kind = self._places.pop(name)
+        if array.shape != shape:
+            raise GemmaryError(f"{name} has the shape {list(array.shape)}, planned as {list(shape)}")
+        self._file.seek(self._data + at)
+        if kind in _PLAIN:
+            plain = np.ascontiguousarray(array.astype(_PLAIN[kind], copy=False))
+            self._file.write(memoryview(plain.reshape(-1).view(np.uint8)))
+            return
+        rows = array.reshape(-1, shape[-1])
+        step = max(1, _MOST_BLOCK_BYTES // (4 * shape[-1]))
+        for start in range(0, len(rows), step):
+            piece = rows[start : start + step].astype(np.float32)
+            self._file.write(memoryview(quantize(piece, GGMLQuantizationType[kind]).reshape(-1).view(np.uint8)))
+
+    def close(self) -> None:
+        """Finish. Raises GemmaryError where a planned tensor never came."""
+        self._file.close()
+        if self._places:
+            raise GemmaryError(f"{len(self._places)} tensors were planned and not written: {next(iter(self._places))}, …")
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> Iterator[bytes]:
+    """A metadata value with its type before it."""
+    if isinstance(value, str):
+        yield struct.pack("<I", _STRING) + _string(value)
+    elif isinstance(value, list):
+        yield struct.pack("<IIQ", _ARRAY, _STRING, len(value))
+        yield from map(_string, value)
+    elif isinstance(value, np.ndarray):
+        yield struct.pack("<IIQ", _ARRAY, _NUMBERS[value.dtype], value.size)
+        yield value.tobytes()
+    else:
+        scalar = np.asarray(value)
+        yield struct.pack("<I", _NUMBERS[scalar.dtype]) + scalar.tobytes()

@@ -1,0 +1,249 @@
+"""The engine: a batch of prompts as token ids in, token ids out, one step at a time.
+
+Prompts go through the model in chunks of a few fixed shapes, so that little is compiled; each decoding step is one
+dispatch, from the last token to the next, with the cache donated and sampling inside. Rows may have any lengths: each
+keeps its own positions. The cache is allocated for what was asked, not for the model's longest context.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemmary.config import Config
+from gemmary.errors import GemmaryError
+from gemmary.infer.sampling import Rows, Sampling, rows_of, sample
+from gemmary.model.attention import Marks
+from gemmary.model.cache import Cache, init_cache
+from gemmary.model.transformer import hidden, logits
+from gemmary.params import Params, is_stacked, unstack
+
+__all__ = ["Engine", "Token"]
+
+_CHUNK = 512
+_ROUND = 64
+
+
+class Token(NamedTuple):
+    """One generated token of one row. `finish` is set on the row's last: "stop" or "length"."""
+
+    row: int
+    id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    finish: str | None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model ready to run. `num_tokens` (default: the config's) bounds what may be sampled; `chunk` what is read at once."""
+
+    params: Params
+    config: Config
+    dtype: Any = jnp.float32
+    num_tokens: int | None = None
+    chunk: int = _CHUNK
+
+    def __post_init__(self) -> None:
+        if is_stacked(self.params):
+            object.__setattr__(self, "params", unstack(self.params))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        stop_ids: Sequence[int] = (),
+        top_logprobs: int = 0,
+    ) -> Iterator[list[Token]]:
+        """Yield the tokens of each step, one for every row still going.
+
+        A row ends at a stop id (which is yielded, with finish "stop"), after `max_new_tokens`, or when the context is full
+        (finish "length"). Closing the iterator ends the run. Raises GemmaryError for an empty or over-long prompt and for
+        ids that the model does not have.
+        """
+        settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        self._check(prompts, max_new_tokens, settings, top_logprobs)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        room = np.minimum(lengths + max_new_tokens, self.config.context)
+        rows = rows_of(settings)
+        cache, last = self._prefill(prompts, int(room.max()))
+        seen = np.zeros((len(prompts), self.config.vocab_size), bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, np.asarray(prompt)] = True
+        static = (self.config, self.dtype, self.num_tokens or self.config.num_tokens, top_logprobs)
+        state = _first(*static, self.params, last, jnp.asarray(seen), jnp.asarray(lengths - 1), rows)
+        position = lengths.copy()  # of the token just drawn, once it is fed back
+        alive = np.ones(len(prompts), bool)
+        while True:
+            ids, chosen, top_ids, top = (np.asarray(part) for part in state[:4])
+            step = []
+            for row in np.flatnonzero(alive):
+                finish = self._finish(int(ids[row]), int(position[row]) + 1 >= room[row], stop_ids)
+                best = tuple(zip(top_ids[row].tolist(), top[row].tolist(), strict=True))
+                step.append(Token(int(row), int(ids[row]), float(chosen[row]), best, finish))
+                alive[row] = finish is None
+            yield step
+            if not alive.any():
+                return
+            at = jnp.asarray(np.where(alive, position, -1).astype(np.int32))
+            state, cache = _next(*static, self.params, cache, state[0], state[4], at, rows)
+            position += 1
+
+    @staticmethod
+    def _finish(token: int, full: bool, stop_ids: Sequence[int]) -> str | None:
+        return "stop" if token in stop_ids else "length" if full else None
+
+    def log_probs(self, ids: Sequence[int]) -> np.ndarray:
+        """Log-probability of every id given those before it, float32 [T - 1]; the text is read in chunks."""
+        self._check([ids], 0, [Sampling()], 0)
+        cache = init_cache(self.config, 1, _rounded(len(ids)), self.chunk, self.dtype)
+        scores = []
+        for start in range(0, len(ids) - 1, self.chunk):
+            tokens, positions = _padded([ids], start, min(self.chunk, _rounded(len(ids) - start)))
+            targets, _ = _padded([ids], start + 1, tokens.shape[1])
+            out, cache = _score(self.config, self.dtype, self.params, cache, tokens, positions, targets)
+            scores.append(np.asarray(out)[0, : len(ids) - 1 - start])
+        return np.concatenate(scores) if scores else np.zeros(0, np.float32)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, jax.Array]:
+        """The cache with every prompt in it, and each row's last hidden state [B, D]."""
+        longest = max(len(prompt) for prompt in prompts)
+        cache = init_cache(self.config, len(prompts), _rounded(room), self.chunk, self.dtype)
+        last = jnp.zeros((len(prompts), self.config.embed_dim), self.dtype)
+        ends = jnp.asarray([len(prompt) - 1 for prompt in prompts], jnp.int32)
+        for start in range(0, longest, self.chunk):
+            tokens, positions = _padded(prompts, start, min(self.chunk, _rounded(longest - start)))
+            last, cache = _read(self.config, self.dtype, self.params, cache, tokens, positions, last, ends)
+        return cache, last
+
+    def _check(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, settings: Sequence[Sampling], top: int
+    ) -> None:
+        if not prompts or len(settings) != len(prompts):
+            raise GemmaryError(f"{len(prompts)} prompts and {len(settings)} sampling settings: give one for each, or one")
+        if max_new_tokens < 0 or not 0 <= top <= 20:
+            raise GemmaryError("max_new_tokens is at least 1 and top_logprobs from 0 to 20")
+        for prompt in prompts:
+            if not len(prompt):
+                raise GemmaryError("the prompt has no tokens: it needs at least <bos>")
+            if len(prompt) >= self.config.context + (max_new_tokens == 0):
+                raise GemmaryError(
+                    f"the prompt has {len(prompt)} tokens and the model's context is {self.config.context}: shorten it"
+                )
+            if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+                raise GemmaryError(f"token ids go from 0 to {self.config.vocab_size - 1} in this model")
+
+
+def _rounded(length: int) -> int:
+    """The next of the lengths that get compiled: powers of two up to 64, then multiples of it."""
+    if length <= _ROUND:
+        return 1 << max(length - 1, 0).bit_length()
+    return -(-length // _ROUND) * _ROUND
+
+
+def _padded(prompts: Sequence[Sequence[int]], start: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Ids [B, width] from `start` on and their positions; past a row's end the position is -1."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    positions = np.full((len(prompts), width), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        piece = np.asarray(prompt[start : start + width], np.int32)
+        tokens[row, : len(piece)] = piece
+        positions[row, : len(piece)] = np.arange(start, start + len(piece))
+    return jnp.asarray(tokens), jnp.asarray(positions)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 6))
+def _read(
+    config: Config,
+    dtype: Any,
+    params: Params,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    last: jax.Array,
+    ends: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Read a chunk; rows whose prompt ends in it give their last hidden state."""
+    x, written = hidden(params, config, tokens, Marks(positions), cache, dtype=dtype)
+    assert written is not None
+    index = jnp.argmax(positions == ends[:, None], axis=1)
+    here = (positions == ends[:, None]).any(axis=1)
+    picked = jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+    return jnp.where(here[:, None], picked, last), written
+
+
+def _draw(
+    config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, seen: jax.Array, at: jax.Array, rows: Rows
+) -> tuple[jax.Array, ...]:
+    """From hidden states [B, D] to (ids, their log-probs, top ids, top log-probs, seen)."""
+    ids, log_probs = sample(logits(params, config, x[:, None])[:, 0], rows, seen, at, num_tokens)
+    chosen = jnp.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
+    best, best_ids = jax.lax.top_k(log_probs, top) if top else (jnp.zeros((len(ids), 0)), jnp.zeros((len(ids), 0), int))
+    return ids, chosen, best_ids, best, seen.at[jnp.arange(len(ids)), ids].set(True)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
+def _first(
+    config: Config,
+    dtype: Any,
+    num_tokens: int,
+    top: int,
+    params: Params,
+    last: jax.Array,
+    seen: jax.Array,
+    at: jax.Array,
+    rows: Rows,
+) -> tuple[jax.Array, ...]:
+    """The first token of each row, from the prompt's last hidden state."""
+    return _draw(config, num_tokens, top, params, last.astype(dtype), seen, at, rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 7))
+def _next(
+    config: Config,
+    dtype: Any,
+    num_tokens: int,
+    top: int,
+    params: Params,
+    cache: Cache,
+    ids: jax.Array,
+    seen: jax.Array,
+    at: jax.Array,
+    rows: Rows,
+) -> tuple[tuple[jax.Array, ...], Cache]:
+    """One decoding step: feed the last tokens at their positions (-1: the row is done), draw the next."""
+    x, written = hidden(params, config, ids[:, None], Marks(at[:, None]), cache, dtype=dtype)
+    assert written is not None
+    return _draw(config, num_tokens, top, params, x[:, 0], seen, at, rows), written
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _score(
+    config: Config,
+    dtype: Any,
+    params: Params,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Log-probabilities of the targets after each token of a chunk, the vocabulary taken 64 positions at a time."""
+    x, written = hidden(params, config, tokens, Marks(positions), cache, dtype=dtype)
+    assert written is not None
+    width = math.gcd(64, x.shape[1])
+
+    def piece(at: tuple[jax.Array, jax.Array]) -> jax.Array:
+        log_probs = jax.nn.log_softmax(logits(params, config, at[0]), axis=-1)
+        return jnp.take_along_axis(log_probs, at[1][..., None], axis=-1)[..., 0]
+
+    cut = x.reshape(-1, 1, width, x.shape[-1]), targets.reshape(-1, 1, width)
+    return jax.lax.map(piece, cut).reshape(1, -1), written

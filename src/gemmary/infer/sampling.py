@@ -1,0 +1,141 @@
+"""From logits to the next token, inside the jitted step, one setting per row.
+
+Filters apply in the order that Hugging Face's do: repetition penalty, temperature, top-k, top-p, min-p. Thresholds are found
+by bisection on the logits' bits, not by sorting 256k of them: all tokens equal to the last one kept are kept too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from gemmary.errors import GemmaryError
+
+__all__ = ["Rows", "Sampling", "rows_of", "sample"]
+
+_EXCLUDED = -1e30
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one answer is drawn. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and a penalty of 1 filter nothing."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float, bool]] = {
+            "temperature": (0.0, 100.0, True),
+            "top_k": (0, 1 << 20, True),
+            "top_p": (0.0, 1.0, False),
+            "min_p": (0.0, 1.0, True),
+            "repetition_penalty": (0.0, 100.0, False),
+            "seed": (0, (1 << 32) - 1, True),
+        }
+        for name, (least, most, closed) in limits.items():
+            value = getattr(self, name)
+            inside = least <= value <= most if closed else least < value <= most
+            if not math.isfinite(value) or not inside:
+                raise GemmaryError(f"{name} is {value}; it must be {'from' if closed else 'above'} {least} to {most}")
+
+
+class Rows(NamedTuple):
+    """The settings of a batch, as arrays."""
+
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+    repetition_penalty: Float[Array, "B"]
+    seed: Int[Array, "B"]
+
+
+def rows_of(settings: Sequence[Sampling]) -> Rows:
+    """One setting per row, as arrays."""
+    dtypes = {"top_k": np.int32, "seed": np.uint32}
+    return Rows(
+        *(
+            jnp.asarray(np.array([getattr(s, name) for s in settings], dtypes.get(name, np.float32)))
+            for name in Rows._fields
+        )
+    )
+
+
+def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+    """Integers that order as the floats do."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _threshold(keys: Int[Array, "B V"], amount: Float[Array, "B V"], enough: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The largest key such that what is at or above it amounts to enough."""
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # low holds enough, high does not
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        holds = jnp.where(keys >= middle[:, None], amount, 0).sum(axis=1) >= enough
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    ends = jnp.iinfo(jnp.int32)
+    start = (jnp.full(keys.shape[0], ends.min), jnp.full(keys.shape[0], ends.max))
+    return jax.lax.fori_loop(0, 32, halve, start)[0]
+
+
+def _filtered(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
+    """Logits at their temperature, with what top-k, top-p and min-p drop excluded."""
+
+    def top_k(x: Array) -> Array:
+        keys = _ordered(x)
+        count = jnp.where(rows.top_k > 0, rows.top_k, x.shape[1]).astype(jnp.float32)
+        kept = keys >= _threshold(keys, jnp.ones_like(x), count)[:, None]
+        return jnp.where(kept, x, _EXCLUDED)
+
+    def top_p(x: Array) -> Array:
+        keys, p = _ordered(x), jax.nn.softmax(x, axis=1)
+        kept = keys >= _threshold(keys, p, rows.top_p * p.sum(axis=1))[:, None]
+        return jnp.where(kept | (rows.top_p >= 1)[:, None], x, _EXCLUDED)
+
+    x = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+    x = jax.lax.cond((rows.top_k > 0).any(), top_k, lambda x: x, x)
+    x = jax.lax.cond((rows.top_p < 1).any(), top_p, lambda x: x, x)
+    floor = x.max(axis=1) + jnp.log(rows.min_p)  # log 0 is -inf: no floor
+    return jnp.where(x >= floor[:, None], x, _EXCLUDED)
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    rows: Rows,
+    seen: Bool[Array, "B V"],
+    position: Int[Array, "B"],
+    num_tokens: int,
+) -> tuple[Int[Array, "B"], Float[Array, "B V"]]:
+    """The next token of each row and the log-probabilities it was drawn from: the model's own, before any filter.
+
+    Ids at and past `num_tokens` are padding and never drawn. `seen` marks what the repetition penalty (Keskar et al.,
+    arXiv 1909.05858) holds down. A row's draw depends on its seed and position alone, so its neighbours do not change it.
+    """
+    logits = jnp.where(jnp.arange(logits.shape[1]) < num_tokens, logits, _EXCLUDED)
+    log_probs = jax.nn.log_softmax(logits, axis=1)
+    penalty = rows.repetition_penalty[:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    def draw(logits: Array) -> Array:
+        def noise(seed: Array, at: Array) -> Array:
+            return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), at), logits.shape[1:])
+
+        drawn = jnp.argmax(_filtered(logits, rows) + jax.vmap(noise)(rows.seed, position), axis=1)
+        return jnp.where(rows.temperature > 0, drawn, jnp.argmax(logits, axis=1))
+
+    tokens = jax.lax.cond((rows.temperature > 0).any(), draw, lambda logits: jnp.argmax(logits, axis=1), logits)
+    return tokens, log_probs

@@ -1,0 +1,1 @@
+"""The transformer, as mathematics: it knows nothing of devices, files or tokenizers."""

@@ -1,0 +1,154 @@
+"""Gemma 1, 2 and 3: one `block`, for training, prefill and decoding.
+
+What differs between generations is data in the config: windows and rope bases per layer, and five switches. Layers that
+come stacked are scanned (training); layers that come unstacked are unrolled (inference, with or without a cache).
+
+Rounding points, which the tests hold to a float64 oracle: norms, rope, softmax and logits are fp32 whatever the
+activations are; the embedding's factor is rounded to the activations' dtype first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gemmary.config import Config
+from gemmary.errors import GemmaryError
+from gemmary.model.attention import Marks, attend
+from gemmary.model.cache import Cache, LayerCache, write
+from gemmary.model.rope import rotate, timescales
+from gemmary.params import TABLE, Params, is_stacked
+from gemmary.weights import lookup, project
+
+__all__ = ["block", "embed", "forward", "hidden", "logits", "rms_norm"]
+
+# A window wider than any position: it lets a scan carry global layers in the same array as local ones.
+_NO_WINDOW = np.int32(2**30)
+
+
+class _Kind(NamedTuple):
+    """A layer's kind as arrays: how far it sees, and what positions are divided by."""
+
+    window: Any
+    timescale: Any
+
+
+def _kinds(config: Config) -> list[_Kind]:
+    return [
+        _Kind(kind.window, timescales(config.head_dim, kind.rope_base, kind.rope_factor))
+        for kind in config.layer_kinds()
+    ]
+
+
+def rms_norm(x: Float[Array, "... D"], w: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+    """x over its root mean square, times 1 + w: all in fp32, cast last."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale * (1 + w.astype(jnp.float32))).astype(x.dtype)
+
+
+def embed(params: Params, config: Config, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+    """Token embeddings times sqrt(D), the factor rounded to `dtype` first (in bf16: 45.25 for the 2B, 55.5 for the 7B)."""
+    if jnp.dtype(dtype) == jnp.float16:
+        raise GemmaryError("float16 activations overflow in Gemma: use bfloat16 or float32")
+    return lookup(tokens, params["embed"], dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
+
+
+def _attention(
+    x: Float[Array, "B T D"], w: Params, kind: _Kind, config: Config, marks: Marks, cache: LayerCache | None
+) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    q = project("btd,dnh->btnh", x, w["attn.q"])
+    k = project("btd,dkh->btkh", x, w["attn.k"])
+    v = project("btd,dkh->btkh", x, w["attn.v"])
+    if config.qk_norm:
+        q = rms_norm(q, w["attn.q_norm"], config.norm_eps)
+        k = rms_norm(k, w["attn.k_norm"], config.norm_eps)
+    q = rotate(q, marks.positions, kind.timescale) * jnp.asarray(config.query_scale, q.dtype)
+    k = rotate(k, marks.positions, kind.timescale)
+    if cache is None:
+        keys, values, key_marks = k.swapaxes(1, 2), v.swapaxes(1, 2), marks
+    else:
+        cache = write(cache, k, v, marks.positions)
+        keys, values, key_marks = cache.k, cache.v, Marks(cache.positions)
+    out = attend(q, keys, values, marks, key_marks, window=kind.window, softcap=config.attn_softcap)
+    return project("btnh,nhd->btd", out, w["attn.o"]), cache
+
+
+def _feed_forward(x: Float[Array, "B T D"], w: Params) -> Float[Array, "B T D"]:
+    """GeGLU: the gate goes through GELU (tanh approximation) and multiplies the up branch."""
+    gate = jax.nn.gelu(project("btd,df->btf", x, w["mlp.gate"]), approximate=True)
+    return project("btf,fd->btd", gate * project("btd,df->btf", x, w["mlp.up"]), w["mlp.down"])
+
+
+def block(
+    x: Float[Array, "B T D"], w: Params, kind: _Kind, config: Config, marks: Marks, cache: LayerCache | None = None
+) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    """One layer: attention and feed-forward, each on a normed input, added back (after a second norm where the config has it)."""
+    out, cache = _attention(rms_norm(x, w["pre_attn_norm"], config.norm_eps), w, kind, config, marks, cache)
+    if config.post_norms:
+        out = rms_norm(out, w["post_attn_norm"], config.norm_eps)
+    x = x + out
+    out = _feed_forward(rms_norm(x, w["pre_ffw_norm"], config.norm_eps), w)
+    if config.post_norms:
+        out = rms_norm(out, w["post_ffw_norm"], config.norm_eps)
+    return x + out, cache
+
+
+def hidden(
+    params: Params,
+    config: Config,
+    tokens: Int[Array, "B T"],
+    marks: Marks | None = None,
+    cache: Cache | None = None,
+    *,
+    dtype: Any = jnp.float32,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """The last layer's output, normed, and the cache with these tokens in it.
+
+    `marks` gives each token's position (default: 0, 1, 2, …) and, for packed documents, its segment. With a cache,
+    layers must be unstacked and tokens at most its chunk. Raises GemmaryError for fp16 activations.
+    """
+    if marks is None:
+        marks = Marks(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    x = embed(params, config, tokens, dtype)
+    layered = {name: weight for name, weight in params.items() if TABLE[name].layered}
+    kinds = _kinds(config)
+    if not is_stacked(params):
+        written = []
+        for i, kind in enumerate(kinds):
+            w = {name: weight[i] for name, weight in layered.items()}
+            x, layer = block(x, w, kind, config, marks, cache[i] if cache is not None else None)
+            written.append(layer)
+        cache = tuple(written) if cache is not None else None  # type: ignore[arg-type]
+    else:
+        assert cache is None, "a cache needs unstacked layers"
+        stacked = _Kind(
+            np.array([_NO_WINDOW if kind.window is None else kind.window for kind in kinds], np.int32),
+            np.stack([kind.timescale for kind in kinds]),
+        )
+        x, _ = jax.lax.scan(lambda x, at: (block(x, at[0], at[1], config, marks)[0], None), x, (layered, stacked))
+    return rms_norm(x, params["final_norm"], config.norm_eps), cache
+
+
+def logits(params: Params, config: Config, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Next-token logits in fp32 from the tied embedding, soft-capped where the config says so."""
+    out = project("btd,vd->btv", x, params["embed"], dtype=jnp.float32)
+    if config.final_softcap is not None:
+        out = config.final_softcap * jnp.tanh(out / config.final_softcap)
+    return out
+
+
+def forward(
+    params: Params,
+    config: Config,
+    tokens: Int[Array, "B T"],
+    marks: Marks | None = None,
+    *,
+    dtype: Any = jnp.float32,
+) -> Float[Array, "B T V"]:
+    """Logits at every position. They are V wide: for training and long texts, cut `hidden` in chunks and call `logits`."""
+    return logits(params, config, hidden(params, config, tokens, marks, dtype=dtype)[0])

@@ -1,0 +1,246 @@
+"""Weights that act like matrices: a plain array, or a leaf that stands for one.
+
+`LoRA`, `Int8` and `Int4` are pytrees, so a model adapted or quantized is the same dict with other leaves, and the
+transformer never asks which it holds: it calls `project` and `lookup`. The equations of a LoRA's two factors and the
+place of a scale in the output follow from the equation of the product itself.
+
+Letters in the equations are the house's legend (see `gemmary.__doc__`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemmary.errors import GemmaryError
+from gemmary.params import TABLE, Params, Spec
+
+__all__ = ["INT4_GROUP", "Int4", "Int8", "LoRA", "Weight", "adapt", "dequantize", "lookup", "merge", "project", "quantize"]
+
+INT4_GROUP = 32
+"""Values that share one scale in `Int4`, as in GGUF's Q4_0."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8:
+    """Eight-bit values with one scale per output channel: w = values * scale.
+
+    `values` int8 has the weight's shape; `scale` float32 the same with the axes that a product sums over kept at 1.
+    """
+
+    values: Array
+    scale: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int4:
+    """Four-bit values in groups of 32 along one axis: w = (nibble - 8) * scale.
+
+    `packed` uint8 has the weight's shape with `axis` (counted from the end) halved: within a group, byte j holds value
+    j in its low nibble and value j + 16 in its high one. `scale` float16 has `axis` divided by 32.
+    """
+
+    packed: Array
+    scale: Array
+    axis: int = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoRA:
+    """A weight plus a low-rank update (Hu et al., arXiv 2106.09685): base + scale * a b.
+
+    `a` has the input axes and R, `b` has R and the output axes in the weight's order; stacked, both lead with L.
+    `base` is any other weight.
+    """
+
+    base: Array | Int8 | Int4
+    a: Array
+    b: Array
+    scale: float = field(metadata={"static": True})
+
+
+Weight = Array | Int8 | Int4 | LoRA
+
+
+def project(equation: str, x: Float[Array, "..."], w: Weight, *, dtype: Any = None) -> Float[Array, "..."]:
+    """The product `equation` of activations and a weight, such as "btd,dnh->btnh", in `dtype` (default: that of x)."""
+    inputs, output = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+    dtype = dtype or x.dtype
+    if isinstance(w, LoRA):
+        read = "".join(c for c in w_axes if c not in output)
+        kept = "".join(c for c in w_axes if c in output)
+        rank_axes = "".join(c for c in x_axes if c not in read) + "r"
+        inner = jnp.einsum(f"{x_axes},{read}r->{rank_axes}", x, w.a.astype(x.dtype))
+        update = jnp.einsum(f"{rank_axes},r{kept}->{output}", inner, w.b.astype(x.dtype))
+        return project(equation, x, w.base, dtype=dtype) + (w.scale * update).astype(dtype)
+    if isinstance(w, Int8):
+        # One scale per output channel: it leaves the sum and multiplies the (smaller) output, whose last axes it has.
+        kept = "".join(c for c in output if c in w_axes)
+        scale = jnp.einsum(f"{w_axes}->{kept}", w.scale)
+        return (_contract(equation, x, w.values, jnp.float32) * scale).astype(dtype)
+    if isinstance(w, Int4):
+        w = dequantize(w, x.dtype)
+    return _contract(equation, x, w, dtype)
+
+
+def _contract(equation: str, x: Array, w: Array, dtype: Any) -> Array:
+    """The product itself, in plain XLA. A CPU kernel for narrow weights is called from here and nowhere else.
+
+    XLA's CPU backend multiplies bf16 and int8 in scalar loops; there, both sides are widened to fp32 first.
+    """
+    compute = x.dtype
+    if jax.default_backend() == "cpu" and compute == jnp.bfloat16:
+        compute = jnp.dtype(jnp.float32)
+    product = jnp.einsum(
+        equation, x.astype(compute), w.astype(compute), preferred_element_type=jnp.promote_types(dtype, compute)
+    )
+    return product.astype(dtype)
+
+
+def lookup(ids: Int[Array, "..."], w: Weight, dtype: Any) -> Float[Array, "... D"]:
+    """Rows of a [V, D] weight, in `dtype`."""
+    if isinstance(w, LoRA):
+        update = jnp.einsum("r...,dr->...d", w.b[:, ids], w.a)
+        return lookup(ids, w.base, dtype) + (w.scale * update).astype(dtype)
+    if isinstance(w, Int8):
+        return (w.values[ids].astype(jnp.float32) * w.scale[ids]).astype(dtype)
+    if isinstance(w, Int4):
+        return dequantize(Int4(w.packed[ids], w.scale[ids], w.axis), dtype)
+    return w[ids].astype(dtype)
+
+
+def dequantize(w: Array | Int8 | Int4, dtype: Any = jnp.float32) -> Float[Array, "..."]:
+    """The array that a weight stands for (for a LoRA, see `merge`)."""
+    if isinstance(w, Int8):
+        return (w.values.astype(jnp.float32) * w.scale).astype(dtype)
+    if isinstance(w, Int4):
+        packed = jnp.moveaxis(w.packed, w.axis, -1)
+        packed = packed.reshape(*packed.shape[:-1], -1, INT4_GROUP // 2)
+        nibbles = jnp.concatenate([packed & 15, packed >> 4], axis=-1).astype(jnp.float32) - 8
+        scale = jnp.moveaxis(w.scale, w.axis, -1)[..., None].astype(jnp.float32)
+        values = (nibbles * scale).reshape(*nibbles.shape[:-2], -1)
+        return jnp.moveaxis(values, -1, w.axis).astype(dtype)
+    return w.astype(dtype)
+
+
+def quantize_weight(name: str, w: Array, bits: int) -> Int8 | Int4:
+    """One array as `Int8` or `Int4`, along the axes that row `name` reads. Raises GemmaryError where groups do not fit."""
+    axes = TABLE[name].read_axes()
+    w = w.astype(jnp.float32)
+    if bits == 8:
+        peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
+        scale = jnp.where(peak > 0, peak / 127, 1.0)
+        return Int8(jnp.round(w / scale).astype(jnp.int8), scale)
+    if w.shape[axes[-1]] % INT4_GROUP:
+        raise GemmaryError(
+            f"{name}: its input of {w.shape[axes[-1]]} values does not divide into groups of {INT4_GROUP}; use 8 bits"
+        )
+    grouped = jnp.moveaxis(w, axes[-1], -1)
+    grouped = grouped.reshape(*grouped.shape[:-1], -1, INT4_GROUP)
+    # The value of largest magnitude, sign kept, lands on -8: the one level that has no opposite.
+    extreme = jnp.take_along_axis(grouped, jnp.argmax(jnp.abs(grouped), axis=-1, keepdims=True), axis=-1)
+    scale = (extreme / -8).astype(jnp.float16)
+    safe = jnp.where(scale == 0, 1, scale).astype(jnp.float32)
+    nibbles = jnp.clip(jnp.round(grouped / safe) + 8, 0, 15).astype(jnp.uint8)
+    packed = nibbles[..., : INT4_GROUP // 2] | nibbles[..., INT4_GROUP // 2 :] << 4
+    packed = packed.reshape(*packed.shape[:-2], -1)
+    return Int4(jnp.moveaxis(packed, -1, axes[-1]), jnp.moveaxis(scale[..., 0], -1, axes[-1]), axes[-1])
+
+
+def quantize(params: Params, bits: int) -> Params:
+    """Every matrix as Int8 or Int4; norms stay. At four bits the embedding keeps eight: it is also the output.
+
+    Raises GemmaryError for other widths, or where an axis does not divide into groups.
+    """
+    if bits not in (4, 8):
+        raise GemmaryError(f"weights can be quantized to 8 or 4 bits, not {bits}")
+    return _map(params, lambda name, w: quantize_weight(name, w, 8 if name == "embed" else bits), lambda s: bool(s.reads))
+
+
+_PROJECTIONS = tuple(name for name, spec in TABLE.items() if spec.reads and spec.layered)
+
+
+def adapt(
+    params: Params,
+    key: jax.Array,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    targets: Collection[str] = _PROJECTIONS,
+    dtype: Any = jnp.float32,
+) -> Params:
+    """Every target as a LoRA of that rank over what it was, `a` random and `b` zero, so that nothing changes yet.
+
+    The update is scaled by alpha / rank (alpha defaults to rank). Raises GemmaryError for a target that the table
+    does not have or that is already adapted.
+    """
+    wrong = [name for name in targets if name not in TABLE or not TABLE[name].reads]
+    if wrong or rank < 1:
+        raise GemmaryError(
+            f"cannot adapt {', '.join(wrong) or 'anything'} with rank {rank}: "
+            f"the rank is at least 1 and targets are among embed, {', '.join(_PROJECTIONS)}"
+        )
+    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(TABLE)}
+
+    def wrap(name: str, w: Any) -> LoRA:
+        if isinstance(w, LoRA):
+            raise GemmaryError(f"{name} is already adapted: merge it first")
+        spec = TABLE[name]
+        full = _shape(w)
+        lead = full[: len(full) - len([a for a in spec.axes if a != "layers"])]
+        reads = tuple(full[axis] for axis in spec.read_axes())
+        writes = tuple(full[i] for i in range(-len(full) + len(lead), 0) if i not in spec.read_axes())
+        a = jax.random.normal(keys[name], (*lead, *reads, rank)) * math.prod(reads) ** -0.5
+        keys[name] = jax.random.fold_in(keys[name], 0)  # unstacked layers draw in turn
+        return LoRA(w, a.astype(dtype), jnp.zeros((*lead, rank, *writes), dtype), (alpha or rank) / rank)
+
+    return _map(params, wrap, lambda spec: True, names=targets)
+
+
+def merge(params: Params) -> Params:
+    """Every LoRA folded into one array; the rest untouched. Over a quantized base the result is fp32."""
+    return _map(params, lambda name, w: _merged(name, w) if isinstance(w, LoRA) else w, lambda spec: True)
+
+
+def _merged(name: str, w: LoRA) -> Array:
+    """base + scale * a b, in the base's dtype (fp32 over a quantized base)."""
+    spec, base = TABLE[name], dequantize(w.base)
+    letter = dict(zip(spec.axes, "uvwxyz", strict=False))
+    axes = "".join(letter[axis] for axis in spec.axes[-base.ndim :])
+    reads = "".join(letter[axis] for axis in spec.reads)
+    lead = axes[0] if spec.layered and base.ndim == len(spec.axes) else ""
+    writes = "".join(c for c in axes if c not in reads + lead)
+    update = jnp.einsum(f"{lead}{reads}r,{lead}r{writes}->{axes}", w.a, w.b, preferred_element_type=jnp.float32)
+    return (base + w.scale * update).astype(w.base.dtype if isinstance(w.base, jax.Array) else jnp.float32)
+
+
+def _shape(w: Weight) -> tuple[int, ...]:
+    if isinstance(w, Int8):
+        return tuple(w.values.shape)
+    if isinstance(w, Int4):
+        shape = list(w.packed.shape)
+        shape[w.axis] *= 2
+        return tuple(shape)
+    return tuple(w.shape)  # type: ignore[union-attr]
+
+
+def _map(params: Params, change: Any, wanted: Any, names: Collection[str] = tuple(TABLE)) -> Params:
+    """`change(name, weight)` over the weights of the rows wanted, stacked or not."""
+
+    def one(name: str, weight: Any) -> Any:
+        spec: Spec = TABLE[name]
+        if name not in names or not wanted(spec):
+            return weight
+        return tuple(change(name, w) for w in weight) if isinstance(weight, tuple) else change(name, weight)
+
+    return {name: one(name, weight) for name, weight in params.items()}
