@@ -113,6 +113,27 @@ def _filtered(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
     return jnp.where(x >= floor[:, None], x, _EXCLUDED)
 
 
+def _pick(x: Float[Array, "B V"], u: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The token at which the cumulative probability passes u: blocks first, then within one, so that sums stay short."""
+    width = 512
+    p = jnp.exp(x - x.max(axis=1, keepdims=True))
+    blocks = jnp.pad(p, ((0, 0), (0, -x.shape[1] % width))).reshape(x.shape[0], -1, width)
+    block, rest = _passing(blocks.sum(axis=2), u)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * width + _passing(inside, rest)[0]
+
+
+def _passing(mass: Float[Array, "B M"], u: Float[Array, "B"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Where the cumulative mass passes the share u of it, and which share of that entry u then stands for."""
+    total = jnp.cumsum(mass, axis=1)
+    # Kept just under one: some token must pass even where rounding shortens the sum.
+    wanted = jnp.minimum(u, 1 - 2.0**-20)[:, None] * total[:, -1:]
+    at = jnp.argmax(total > wanted, axis=1)
+    entry = jnp.take_along_axis(mass, at[:, None], axis=1)
+    before = jnp.take_along_axis(total, at[:, None], axis=1) - entry
+    return at, jnp.clip((wanted - before) / entry, 0, 1)[:, 0]
+
+
 def sample(
     logits: Float[Array, "B V"],
     rows: Rows,
@@ -131,10 +152,8 @@ def sample(
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
     def draw(logits: Array) -> Array:
-        def noise(seed: Array, at: Array) -> Array:
-            return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), at), logits.shape[1:])
-
-        drawn = jnp.argmax(_filtered(logits, rows) + jax.vmap(noise)(rows.seed, position), axis=1)
+        keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(rows.seed, position)
+        drawn = _pick(_filtered(logits, rows), jax.vmap(jax.random.uniform)(keys))
         return jnp.where(rows.temperature > 0, drawn, jnp.argmax(logits, axis=1))
 
     tokens = jax.lax.cond((rows.temperature > 0).any(), draw, lambda logits: jnp.argmax(logits, axis=1), logits)

@@ -1,12 +1,14 @@
 """One tokenizer for every generation: SentencePiece behind all files that a vocabulary comes in.
 
-A vocabulary is a list of pieces with scores and types. It is read from `tokenizer.model`, rebuilt from a Hugging Face
+A vocabulary is a list of pieces with scores and kinds. It is read from `tokenizer.model`, rebuilt from a Hugging Face
 `tokenizer.json` or from a GGUF's arrays (see `vocabulary`), and given to SentencePiece's own BPE encoder with Gemma's
 options: no dummy prefix, no change to whitespace, byte fallback.
 
-*Structural* pieces (`<bos>`, `<start_of_turn>`, `<unused7>`, …) are what a model reads as structure and not as text. The
+*Structural* pieces (`<bos>`, `<unused7>`, the marks of turns) are what a model reads as structure and not as text. The
 encoder has them as control pieces, which it cannot emit: whatever a user types becomes ordinary pieces. Trusted text may
 ask for them with `structure=True`. Literal pieces (runs of spaces, tabs and newlines, HTML tags) are text, in both.
+
+One character does not survive: U+2581 (▁) stands for a space inside the published tokenizers, and is decoded as one.
 """
 
 from __future__ import annotations
@@ -15,45 +17,50 @@ import codecs
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from gemmary.errors import GemmaryError
-from gemmary.text import vocabulary
+from gemmary.text import vocabulary, writers
 from gemmary.text.vocabulary import Kind, Piece
 
-__all__ = ["Decoder", "Tokenizer"]
+__all__ = ["END_OF_TURN", "START_OF_TURN", "Decoder", "Tokenizer"]
 
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 _SPACE = "▁"
-_CANDIDATE = re.compile(r"(<\w+>|\[@?\w+@?\])")
-_TURN = "<start_of_turn>", "<end_of_turn>"
+_STRUCTURAL = (Kind.CONTROL, Kind.UNKNOWN)
+# All of Gemma's own marks look like this; a class is quicker to search for than 6,000 names.
+_MARK = r"<\w+>|\[@?\w+@?\]"
 
 
 class Tokenizer:
     """Text to token ids and back. Immutable; made by one of the `from_…` functions.
 
-    `pieces` holds (text, score, type) for every id, types numbered as in SentencePiece and GGUF.
+    `pieces` holds (text, score, kind) for every id, kinds numbered as in SentencePiece and GGUF.
+    Every constructor raises GemmaryError for a vocabulary that is missing, damaged or not Gemma's.
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces: list[Piece] = vocabulary.checked(pieces)
+        self.pieces: tuple[Piece, ...] = vocabulary.checked(pieces)
         self._ids = {text: i for i, (text, _, _) in enumerate(self.pieces)}
-        self._structural = {t: i for i, (t, _, kind) in enumerate(self.pieces) if kind in (Kind.CONTROL, Kind.UNKNOWN)}
-        self._bytes = [_as_bytes(text, kind) for text, _, kind in self.pieces]
+        self._structural = {text: i for i, (text, _, kind) in enumerate(self.pieces) if kind in _STRUCTURAL}
+        self._structural_ids = frozenset(self._structural.values())
+        self._bytes = [_as_bytes(piece) for piece in self.pieces]
+        self._marks = _finder(self._structural)
+        self._runs = re.compile(_longest_run(self._ids))
         try:
-            self._encoder = sentencepiece.SentencePieceProcessor(model_proto=self.to_sentencepiece())
+            model = writers.to_sentencepiece(self.pieces, structure=False)
+            self._encoder = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError) as error:
-            raise GemmaryError(f"SentencePiece refuses this vocabulary: {error}") from None
+            raise GemmaryError(f"SentencePiece refuses this vocabulary: {str(error).splitlines()[0]}") from None
 
     @classmethod
-    def from_sentencepiece(cls, model: Path | bytes) -> Tokenizer:
+    def from_sentencepiece(cls, model: Path | str | bytes) -> Tokenizer:
         """From a `tokenizer.model` file or its bytes."""
         return cls(vocabulary.from_sentencepiece(model))
 
     @classmethod
-    def from_tokenizer_json(cls, path: Path) -> Tokenizer:
+    def from_tokenizer_json(cls, path: Path | str) -> Tokenizer:
         """From a Hugging Face `tokenizer.json` of BPE with byte fallback, as Gemma's are."""
         return cls(vocabulary.from_tokenizer_json(path))
 
@@ -63,41 +70,47 @@ class Tokenizer:
         return cls(vocabulary.from_arrays(tokens, scores, types))
 
     @classmethod
-    def from_directory(cls, directory: Path) -> Tokenizer:
+    def from_directory(cls, directory: Path | str) -> Tokenizer:
         """From a directory's `tokenizer.model`, or else its `tokenizer.json`."""
-        if (directory / "tokenizer.model").is_file():
-            return cls.from_sentencepiece(directory / "tokenizer.model")
-        return cls.from_tokenizer_json(directory / "tokenizer.json")
+        for name, read in (("tokenizer.model", cls.from_sentencepiece), ("tokenizer.json", cls.from_tokenizer_json)):
+            if (Path(directory) / name).is_file():
+                return read(Path(directory) / name)
+        raise GemmaryError(f"{directory} has no tokenizer: put the model's tokenizer.model or tokenizer.json there")
 
     @property
     def size(self) -> int:
+        """How many ids there are."""
         return len(self.pieces)
 
     @property
     def pad(self) -> int:
+        """The id of `<pad>`, 0 in every Gemma."""
         return self._ids["<pad>"]
 
     @property
     def eos(self) -> int:
+        """The id of `<eos>`, 1 in every Gemma."""
         return self._ids["<eos>"]
 
     @property
     def bos(self) -> int:
+        """The id of `<bos>`, 2 in every Gemma."""
         return self._ids["<bos>"]
 
     @property
     def unk(self) -> int:
+        """The id of `<unk>`, 3 in every Gemma; byte fallback leaves it unused."""
         return self._ids["<unk>"]
 
     @property
     def start_of_turn(self) -> int | None:
         """106 in Gemma 1 and 2, 105 in Gemma 3; None in a vocabulary without turns."""
-        return self._ids.get(_TURN[0])
+        return self._ids.get(START_OF_TURN)
 
     @property
     def end_of_turn(self) -> int | None:
         """107 in Gemma 1 and 2, 106 in Gemma 3; None in a vocabulary without turns."""
-        return self._ids.get(_TURN[1])
+        return self._ids.get(END_OF_TURN)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -106,29 +119,42 @@ class Tokenizer:
 
     @property
     def structural_ids(self) -> frozenset[int]:
-        """Ids that `encode` never gives for untrusted text."""
-        return frozenset(self._structural.values())
+        """Ids that `encode` never gives for untrusted text; `vocabulary.kind_of` has the rule."""
+        return self._structural_ids
+
+    def piece_id(self, text: str) -> int | None:
+        """The id of the piece with exactly this text (▁ for spaces), or None."""
+        return self._ids.get(text)
 
     def encode(self, text: str, *, structure: bool = False) -> list[int]:
         """Ids of a text, without BOS. Untrusted text never yields a structural id; with `structure` their names do.
 
         With `structure` the ids are those of the published tokenizers. Raises GemmaryError for lone surrogates.
         """
+        if not structure:
+            return self._encode(text)
+        ids: list[int] = []
+        done = 0
+        for found in self._marks.finditer(text):
+            if (mark := self._structural.get(found[0])) is not None:
+                ids += self._encode(text[done : found.start()])
+                ids.append(mark)
+                done = found.end()
+        return ids + self._encode(text[done:])
+
+    def _encode(self, text: str) -> list[int]:
+        """Ordinary pieces. A typed run of ▁ is cut out first: in the published files it is a literal, spaces beside it are not."""
+        if _SPACE * 2 in text:
+            parts = self._runs.split(text)
+            return [i for part in parts for i in self._plain(part)]
+        return self._plain(text)
+
+    def _plain(self, text: str) -> list[int]:
         try:
-            text.encode("utf-8")
+            ids: list[int] = self._encoder.encode(text.encode())
         except UnicodeEncodeError as error:
             raise GemmaryError(f"the text has a lone surrogate at character {error.start}: it is not Unicode") from None
-        if not structure:
-            return list(self._encoder.encode(text))
-        ids: list[int] = []
-        plain = ""
-        for part in _CANDIDATE.split(text):
-            if part in self._structural:
-                ids += [*self._encoder.encode(plain), self._structural[part]]
-                plain = ""
-            else:
-                plain += part
-        return ids + list(self._encoder.encode(plain))
+        return ids
 
     def decode(self, ids: Iterable[int], *, structure: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD. Structural pieces show only with `structure`.
@@ -139,32 +165,21 @@ class Tokenizer:
 
     def token_bytes(self, id: int, *, structure: bool = False) -> bytes:
         """What one id adds to the text, as UTF-8 that may be cut inside a character."""
-        if not 0 <= id < len(self.pieces):
-            raise GemmaryError(f"token id {id} is outside the vocabulary of {len(self.pieces)}")
-        return self.pieces[id][0].encode() if structure and id in self.structural_ids else self._bytes[id]
+        if not 0 <= id < len(self._bytes):
+            raise GemmaryError(f"token id {id} is outside the vocabulary of {len(self._bytes)}")
+        return self.pieces[id].text.encode() if structure and id in self._structural_ids else self._bytes[id]
+
+    def stream(self) -> Decoder:
+        """A decoder for ids that come one by one."""
+        return Decoder(self)
 
     def to_sentencepiece(self) -> bytes:
-        """A `tokenizer.model`."""
-        pb2: Any = sentencepiece_model_pb2
-        model = pb2.ModelProto()
-        for text, score, kind in self.pieces:
-            model.pieces.add(piece=text, score=score, type=int(kind))
-        model.trainer_spec.model_type = pb2.TrainerSpec.BPE
-        model.trainer_spec.vocab_size = len(self.pieces)
-        model.trainer_spec.byte_fallback = True
-        model.trainer_spec.split_digits = True
-        model.trainer_spec.pad_id, model.trainer_spec.eos_id = self.pad, self.eos
-        model.trainer_spec.bos_id, model.trainer_spec.unk_id = self.bos, self.unk
-        model.trainer_spec.pad_piece, model.trainer_spec.eos_piece = "<pad>", "<eos>"
-        model.trainer_spec.bos_piece, model.trainer_spec.unk_piece = "<bos>", "<unk>"
-        model.normalizer_spec.name = "identity"
-        model.normalizer_spec.add_dummy_prefix = False
-        model.normalizer_spec.remove_extra_whitespaces = False
-        return bytes(model.SerializeToString())
+        """A `tokenizer.model`, from which SentencePiece gives structural ids for their names, as from the published one."""
+        return writers.to_sentencepiece(self.pieces, structure=True)
 
-    def to_tokenizer_json(self) -> dict[str, Any]:
+    def to_tokenizer_json(self) -> dict[str, object]:
         """A Hugging Face `tokenizer.json`, as data."""
-        return vocabulary.to_tokenizer_json(self.pieces)
+        return writers.to_tokenizer_json(self.pieces)
 
 
 class Decoder:
@@ -186,9 +201,22 @@ class Decoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _as_bytes(text: str, kind: Kind) -> bytes:
-    if kind is Kind.BYTE:
-        return bytes([int(text[3:5], 16)])
-    if kind in (Kind.CONTROL, Kind.UNKNOWN):
-        return b""
-    return text.replace(_SPACE, " ").encode()
+def _as_bytes(piece: Piece) -> bytes:
+    if piece.kind is Kind.BYTE:
+        return bytes([int(piece.text[3:5], 16)])
+    return b"" if piece.kind in _STRUCTURAL else piece.text.replace(_SPACE, " ").encode()
+
+
+def _finder(structural: Iterable[str]) -> re.Pattern[str]:
+    """Finds wherever a structural name may stand; longest first among those that are not built like Gemma's."""
+    like = re.compile(_MARK)
+    others = sorted((text for text in structural if not like.fullmatch(text)), key=len, reverse=True)
+    return re.compile("|".join([*map(re.escape, others), _MARK]))
+
+
+def _longest_run(ids: dict[str, int]) -> str:
+    """A pattern that cuts out the runs of ▁ that are pieces (2 to 31 of them in Gemma's)."""
+    longest = 2
+    while _SPACE * (longest + 1) in ids:
+        longest += 1
+    return f"({_SPACE}{{2,{longest}}})"

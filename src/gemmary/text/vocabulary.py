@@ -1,6 +1,7 @@
-"""Vocabularies as files have them, read within bounds and brought to one form: a list of (text, score, type).
+"""Vocabularies as files have them, read within bounds and brought to one form: a list of (text, score, kind).
 
-Sources of a rule here: SentencePiece's model proto, and the published Gemma tokenizers' own files.
+Which pieces are structure is decided here, by one rule: see `kind_of`. Sources: SentencePiece's model proto, the published
+Gemma tokenizers' own files, and the arrays of published GGUFs.
 """
 
 from __future__ import annotations
@@ -18,19 +19,24 @@ from sentencepiece import sentencepiece_model_pb2
 
 from gemmary.errors import GemmaryError
 
-__all__ = ["Kind", "Piece", "checked", "from_arrays", "from_sentencepiece", "from_tokenizer_json", "to_tokenizer_json"]
+__all__ = ["Kind", "Piece", "checked", "from_arrays", "from_sentencepiece", "from_tokenizer_json", "kind_of"]
 
 _MOST_PIECES = 1 << 20
 _MOST_PIECE_BYTES = 1 << 16
-_MOST_FILE_BYTES = 256 << 20
-
-# What a model reads as structure: the named specials, the reserved slots and the marks of turns and images. Everything else
-# that a vocabulary lists as a literal (whitespace runs, HTML tags) is text.
-_STRUCTURAL = re.compile(
-    r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_\w+|image_soft_token)>|\[(@BOS@|multimodal)\]"
-)
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_MOST_MODEL_BYTES = 64 << 20
+_MOST_JSON_BYTES = 256 << 20
 _REQUIRED = ("<pad>", "<eos>", "<bos>", "<unk>")
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_PADDING = re.compile(r"\[PAD\d+\]")
+_LITERAL = re.compile(
+    r"\n+|\t+|▁+|</?(?:a|b|bbox|blockquote|body|caption|code|div|em|footer|h[1-6]|html|i|iframe|img|li|s|span|strong|sub|sup"
+    r"|table|tbody|td|tfoot|th|thead|tr|u|ul)>"
+)
+_MARK = re.compile(
+    r"<(?:pad|eos|bos|unk|mask|2mass|unused\d+|(?:start|end)_of_\w+|\w+_soft_token)>|\[(?:@BOS@|multimodal)\]"
+)
+_ENCLOSED = re.compile(r"<\S+>|\[\S+\]")
 
 
 class Kind(IntEnum):
@@ -52,173 +58,149 @@ class Piece(NamedTuple):
     kind: Kind
 
 
-def checked(pieces: Sequence[Piece]) -> list[Piece]:
-    """The pieces, types set right. Raises GemmaryError for what no Gemma vocabulary can be.
+def kind_of(text: str, kind: Kind) -> Kind:
+    """The kind of a piece, whatever its file calls it: the rule *reserved unless literal*.
 
-    Files disagree on types (a GGUF may call `<unused7>` normal, a tokenizer.model calls `<start_of_turn>` user-defined), so
-    structural pieces and bytes are told by their text.
+    Files disagree (a GGUF calls `[multimodal]` user-defined and `<mask>` control; a tokenizer.model calls `<start_of_turn>`
+    user-defined), so text decides first. Runs of one whitespace and HTML tags are literal: text that has its own piece.
+    Every other piece that a file reserves (as control, or as user-defined and enclosed in <> or []) and every piece named
+    like one of Gemma's marks is structural: control, or unknown for `<unk>`. Unknown marks are thus structure, not text.
     """
-    if not len(_REQUIRED) < len(pieces) <= _MOST_PIECES:
-        raise GemmaryError(f"the vocabulary has {len(pieces)} pieces; it may have up to {_MOST_PIECES}")
-    seen: set[str] = set()
-    for i, (text, score, _) in enumerate(pieces):
-        if not text or len(text) > _MOST_PIECE_BYTES or not math.isfinite(score):
-            raise GemmaryError(f"piece {i} of the vocabulary is empty, over-long or without a finite score")
-        if text in seen:
-            raise GemmaryError(f"the vocabulary has the piece {text[:40]!r} twice")
-        seen.add(text)
-    missing = [text for text in _REQUIRED if text not in seen]
-    if missing:
-        raise GemmaryError(f"the vocabulary lacks {', '.join(missing)}: it is not a Gemma tokenizer's")
-    # Gemma 1 has a tab where the byte 09 would be.
-    bare = [f"<0x{i:02X}>" for i in range(256) if f"<0x{i:02X}>" not in seen and not (i < 128 and chr(i) in seen)]
-    if bare:
-        raise GemmaryError(f"the vocabulary lacks {bare[0]}: Gemma's can fall back to any byte")
-    return [Piece(text, score, _kind(text, kind)) for text, score, kind in pieces]
-
-
-def _kind(text: str, kind: Kind) -> Kind:
     if text == "<unk>":
         return Kind.UNKNOWN
-    if _STRUCTURAL.fullmatch(text):
-        return Kind.CONTROL
     if _BYTE.fullmatch(text):
         return Kind.BYTE
-    return kind if kind in (Kind.USER_DEFINED, Kind.UNUSED) else Kind.NORMAL
+    reserved = kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
+    if reserved and _LITERAL.fullmatch(text):
+        return Kind.USER_DEFINED
+    if _MARK.fullmatch(text) or (reserved and (kind is not Kind.USER_DEFINED or _ENCLOSED.fullmatch(text))):
+        return Kind.CONTROL
+    return Kind.NORMAL if kind is Kind.BYTE else kind
 
 
-def from_sentencepiece(model: Path | bytes) -> list[Piece]:
-    """The pieces of a `tokenizer.model`."""
+def checked(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """The pieces with the kinds of `kind_of`. Raises GemmaryError for what no Gemma vocabulary can be."""
+    if not len(_REQUIRED) < len(pieces) <= _MOST_PIECES:
+        raise GemmaryError(f"the vocabulary has {len(pieces)} pieces; a tokenizer has 5 to {_MOST_PIECES}: it is damaged")
+    seen: set[str] = set()
+    for i, (text, score, _) in enumerate(pieces):
+        if not text or "\0" in text or len(text) > _MOST_PIECE_BYTES or not math.isfinite(score):
+            raise GemmaryError(f"piece {i} of the vocabulary is empty, over-long or without a finite score: it is damaged")
+        if text in seen:
+            raise GemmaryError(f"the vocabulary has the piece {text[:40]!r} twice: it is damaged")
+        seen.add(text)
+    try:
+        if max(len(text.encode()) for text in seen) > _MOST_PIECE_BYTES:
+            raise GemmaryError(f"a piece of the vocabulary is over {_MOST_PIECE_BYTES} bytes: it is damaged")
+    except UnicodeEncodeError:
+        raise GemmaryError("a piece of the vocabulary is not Unicode (a lone surrogate): it is damaged") from None
+    missing = [text for text in (*_REQUIRED, *(f"<0x{i:02X}>" for i in range(256))) if text not in seen]
+    if missing:
+        raise GemmaryError(f"the vocabulary lacks {missing[0]}: it is not a Gemma tokenizer's")
+    return tuple(Piece(text, score, kind_of(text, kind)) for text, score, kind in pieces)
+
+
+def from_sentencepiece(model: Path | str | bytes) -> list[Piece]:
+    """The pieces of a `tokenizer.model` file, or of its bytes."""
     where = "the tokenizer" if isinstance(model, bytes) else str(model)
-    data = model if isinstance(model, bytes) else _read(model)
+    data = model if isinstance(model, bytes) else _read(Path(model), _MOST_MODEL_BYTES)
+    if _pieces_in(data) > _MOST_PIECES:
+        raise GemmaryError(f"{where} has over {_MOST_PIECES} pieces: it is damaged")
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(data)
+        if not proto.pieces or proto.trainer_spec.model_type != 2:
+            raise GemmaryError(f"{where} is not a SentencePiece BPE model: take the tokenizer.model that Gemma came with")
+        return [Piece(piece.piece, piece.score, Kind(piece.type)) for piece in proto.pieces]
     except (DecodeError, UnicodeDecodeError):
-        raise GemmaryError(f"{where} is not a SentencePiece model, or is cut short") from None
-    if not proto.pieces or proto.trainer_spec.model_type != 2:
-        raise GemmaryError(f"{where} is not a SentencePiece BPE model")
-    return [Piece(piece.piece, piece.score, Kind(piece.type)) for piece in proto.pieces]
+        raise GemmaryError(f"{where} is not a SentencePiece model, or is cut short: fetch it again") from None
+
+
+def _pieces_in(data: bytes) -> int:
+    """How many pieces a model claims, up to the bound; read ahead of protobuf, which would allocate them all first."""
+    at = count = 0
+    while at + 1 < len(data) and data[at] == 0x0A and count <= _MOST_PIECES:  # field 1, length-delimited: a piece
+        size = shift = 0
+        at += 1
+        while at < len(data) and shift < 64:
+            byte = data[at]
+            at, size, shift = at + 1, size | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                break
+        at, count = at + size, count + 1
+    return count
 
 
 def from_arrays(tokens: Sequence[str], scores: Iterable[float], types: Iterable[int]) -> list[Piece]:
-    """The pieces of a GGUF. Rows that only pad the embedding (`[PAD256000]`, …) at the end are left out."""
+    """The pieces of a GGUF's three arrays. Rows that only pad the embedding (`[PAD256000]`, …) at the end are left out."""
     try:
         rows = list(zip(tokens, map(float, scores), map(int, types), strict=True))
         # GGUF writes literal pieces with plain spaces; everywhere else a space in a piece is ▁.
-        pieces = [
-            Piece(str(text).replace(" ", "▁"), score, Kind(kind)) for text, score, kind in rows
-        ]
-    except (TypeError, ValueError):
-        raise GemmaryError("the GGUF's tokens, scores and types do not fit together") from None
-    while pieces and re.fullmatch(r"\[PAD\d+\]", pieces[-1].text):
+        pieces = [Piece(text.replace(" ", "▁"), score, Kind(kind)) for text, score, kind in rows]
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        raise GemmaryError("the GGUF's tokens, scores and types do not fit together: it is damaged") from None
+    while pieces and _PADDING.fullmatch(pieces[-1].text):
         pieces.pop()
     return pieces
 
 
-def from_tokenizer_json(path: Path) -> list[Piece]:
-    """The pieces of a Hugging Face file. A piece's score is minus the rank of the first merge that makes it."""
+def from_tokenizer_json(path: Path | str) -> list[Piece]:
+    """The pieces of a Hugging Face file. A piece's score is minus the rank of the first merge that makes it.
+
+    SentencePiece merges what scores highest, `tokenizers` what ranks first; both take the leftmost of equals.
+    """
+    data = _read(Path(path), _MOST_JSON_BYTES)
     try:
-        data = json.loads(_read(path))
-        model = data["model"]
-        if model["type"] != "BPE" or not model.get("byte_fallback"):
+        root = json.loads(data)
+        model = root["model"]
+        if model["type"] != "BPE" or model.get("byte_fallback") is not True:
             raise GemmaryError(f"{path} is not a BPE tokenizer with byte fallback, as Gemma's are")
-        ids = {text: int(i) for text, i in model["vocab"].items()}
-        added = {entry["content"]: int(entry["id"]) for entry in data.get("added_tokens", [])}
+        added = {_text(token["content"]): token for token in root.get("added_tokens") or []}
+        places = {_place(i): text for text, i in model["vocab"].items()}
+        places |= {_place(token["id"]): text for text, token in added.items()}
         ranks: dict[str, int] = {}
-        for merge in model["merges"]:
+        for rank, merge in enumerate(model["merges"]):
             left, right = merge.split(" ") if isinstance(merge, str) else merge
-            ranks.setdefault(left + right, len(ranks))
+            ranks.setdefault(left + right, rank)
+    except GemmaryError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, GemmaryError):
-            raise
-        raise GemmaryError(f"{path} is not a Hugging Face tokenizer.json ({type(error).__name__}: {error})") from None
-    places = {i: text for text, i in {**ids, **added}.items()}
-    if len(places) > _MOST_PIECES or sorted(places) != list(range(len(places))):
-        raise GemmaryError(f"{path}: ids are not 0 to {len(places) - 1}, each once")
-    literal = Kind.USER_DEFINED
-    order = [places[i] for i in range(len(places))]
-    return [
-        Piece(text.replace(" ", "▁") if text in added else text, -float(ranks.get(text, 0)), _added(text, added, literal))
-        for text in order
-    ]
+        raise GemmaryError(f"{path} is not a Hugging Face tokenizer.json ({type(error).__name__}): fetch it again") from None
+    if places.keys() != set(range(len(places))):
+        raise GemmaryError(f"{path}: its ids are not 0 to {len(places) - 1}, each once: it is damaged")
+    return list(_from_places(places, added, ranks))
 
 
-def _added(text: str, added: dict[str, int], literal: Kind) -> Kind:
-    return literal if text in added else Kind.NORMAL
+def _from_places(places: dict[int, str], added: dict[str, Any], ranks: dict[str, int]) -> Iterator[Piece]:
+    for i in range(len(places)):
+        text = places[i]
+        # Gemma 1's published tokenizer.json was given a tab where its SentencePiece model has the byte.
+        if text == "\t" and text not in added and places.get(i - 1) == "<0x08>" and places.get(i + 1) == "<0x0A>":
+            text = "<0x09>"
+        kind = Kind.NORMAL
+        if text in added:
+            kind = Kind.CONTROL if added[text].get("special") is True else Kind.USER_DEFINED
+        yield Piece(text.replace(" ", "▁"), -float(ranks.get(text, len(ranks))), kind)
 
 
-def to_tokenizer_json(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """The inverse: merges are all ways to cut a piece into two others, in the order of scores, as SentencePiece would."""
-    special = {kind for kind in Kind if kind in (Kind.CONTROL, Kind.UNKNOWN)}
-    ids = {text: i for i, (text, _, _) in enumerate(pieces)}
-    added = [
-        {
-            "id": i,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind in special,
-        }
-        for i, (text, _, kind) in enumerate(pieces)
-        if kind in special or kind is Kind.USER_DEFINED
-    ]
-    bos = ids["<bos>"]
-    space = {"String": " "}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": space, "content": "▁"},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                {"SpecialToken": {"id": "<bos>", "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": "<bos>", "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [bos], "tokens": ["<bos>"]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": list(_merges(pieces, ids)),
-        },
-    }
+def _place(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError("an id")
+    return value
 
 
-def _merges(pieces: Sequence[Piece], ids: dict[str, int]) -> Iterator[list[str]]:
-    mergeable = (piece for piece in pieces if piece.kind is Kind.NORMAL and len(piece.text) > 1)
-    for text, _, _ in sorted(mergeable, key=lambda piece: -piece.score):
-        cuts = [(text[:at], text[at:]) for at in range(1, len(text)) if text[:at] in ids and text[at:] in ids]
-        yield from ([left, right] for left, right in sorted(cuts, key=lambda cut: (ids[cut[0]], ids[cut[1]])))
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text")
+    return value
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int) -> bytes:
     try:
-        if path.stat().st_size > _MOST_FILE_BYTES:
-            raise GemmaryError(f"{path} is over {_MOST_FILE_BYTES >> 20} MiB: not a tokenizer")
+        if not path.is_file():
+            raise GemmaryError(f"{path} is not there, or is no file: give a model with its tokenizer.model or tokenizer.json")
+        if path.stat().st_size > most:
+            raise GemmaryError(f"{path} is over {most >> 20} MiB: it is not a tokenizer")
         return path.read_bytes()
     except OSError as error:
         raise GemmaryError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,106 @@
+"""Vocabularies written as the files that others read: SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+
+from gemmary.text.vocabulary import Kind, Piece
+
+__all__ = ["to_sentencepiece", "to_tokenizer_json"]
+
+_BASIC = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
+
+
+def to_sentencepiece(pieces: Sequence[Piece], *, structure: bool) -> bytes:
+    """A `tokenizer.model`, BPE with Gemma's options: no dummy prefix, whitespace kept, digits split, byte fallback.
+
+    With `structure`, marks such as `<start_of_turn>` are user-defined as in the published file, so that SentencePiece gives
+    their ids when it meets them in a text; without it they are control pieces, which SentencePiece cannot emit.
+    """
+    pb2: Any = sentencepiece_model_pb2
+    model = pb2.ModelProto()
+    for text, score, kind in pieces:
+        emitted = structure and kind is Kind.CONTROL and text not in _BASIC.values()
+        model.pieces.add(piece=text, score=score, type=int(Kind.USER_DEFINED if emitted else kind))
+    ids = {text: i for i, (text, _, _) in enumerate(pieces)}
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = pb2.TrainerSpec.BPE
+    trainer.vocab_size = len(pieces)
+    trainer.byte_fallback = trainer.split_digits = True
+    for name, text in _BASIC.items():
+        setattr(trainer, f"{name}_id", ids[text])
+        setattr(trainer, f"{name}_piece", text)
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+    return bytes(model.SerializeToString())
+
+
+def to_tokenizer_json(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """A Hugging Face `tokenizer.json`, as data: the ids that `tokenizers` gives with it are those of the published one."""
+    ids = {text: i for i, (text, _, _) in enumerate(pieces)}
+    space, mark = {"String": " "}, {"String": "▁"}
+    bos = [{"SpecialToken": {"id": "<bos>", "type_id": i}} for i in range(2)]
+    text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(i, piece) for i, piece in enumerate(pieces) if _is_added(piece)],
+        "normalizer": {"type": "Replace", "pattern": space, "content": "▁"},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos[0], text],
+            "pair": [bos[0], text, bos[1], other],
+            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [ids["<bos>"]], "tokens": ["<bos>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": mark, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": list(_merges(pieces)),
+        },
+    }
+
+
+def _is_added(piece: Piece) -> bool:
+    return piece.kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
+
+
+def _added(i: int, piece: Piece) -> dict[str, Any]:
+    special = piece.kind is not Kind.USER_DEFINED
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": piece.text, **flags, "special": special}
+
+
+def _merges(pieces: Sequence[Piece]) -> Iterator[list[str]]:
+    """All ways to cut a piece in two pieces, pieces by falling score.
+
+    Runs of spaces come first, the longest foremost: `tokenizers` looks for added tokens before spaces become ▁, so it does
+    not find these and must merge them.
+    """
+    parts = {text: i for i, (text, _, kind) in enumerate(pieces) if kind in (Kind.NORMAL, Kind.USER_DEFINED)}
+    runs = sorted((text for text in parts if len(text) > 1 and not text.strip("▁")), key=len, reverse=True)
+    normal = sorted((p for p in pieces if p.kind is Kind.NORMAL and len(p.text) > 1), key=lambda p: -p.score)
+    for text in (*runs, *(piece.text for piece in normal if piece.text.strip("▁"))):
+        cuts = [at for at in range(1, len(text)) if text[:at] in parts and text[at:] in parts]
+        if len(cuts) > 1:
+            cuts.sort(key=lambda at: (parts[text[:at]], parts[text[at:]]))
+        yield from ([text[:at], text[at:]] for at in cuts)
