@@ -181,7 +181,9 @@ def load(
     """
     chosen = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if chosen not in ("float32", "bfloat16"):
-        raise GemmaryError(f"there is no dtype {chosen!r} here: choose float32 or bfloat16 (float16 overflows in Gemma)")
+        raise GemmaryError(
+            f"there is no dtype {chosen!r} here: choose float32 or bfloat16 (float16 overflows in Gemma)"
+        )
     with open_model(model, hub=hub) as checkpoint:
         config, tokenizer = checkpoint.config, checkpoint.tokenizer()
         if tokenizer is None:

@@ -39,5 +39,7 @@ def storage_sharding(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | Abs
     if sum(axis != "layers" for axis in axes) < 2:
         return NamedSharding(mesh, PartitionSpec())
     names = [STORAGE.get(axis) for axis in axes]
-    fits = [n is not None and n in mesh.shape and size % mesh.shape[n] == 0 for n, size in zip(names, shape, strict=True)]
+    fits = [
+        n is not None and n in mesh.shape and size % mesh.shape[n] == 0 for n, size in zip(names, shape, strict=True)
+    ]
     return NamedSharding(mesh, PartitionSpec(*(n if ok else None for n, ok in zip(names, fits, strict=True))))

@@ -139,9 +139,7 @@ def abstract(config: Config, dtype: Any = jnp.float32, mesh: Mesh | AbstractMesh
 
 def shardings(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """How each stacked parameter is stored on the mesh."""
-    return {
-        name: storage_sharding(spec.axes, shape_of(config, spec), mesh) for name, spec in table(config).items()
-    }
+    return {name: storage_sharding(spec.axes, shape_of(config, spec), mesh) for name, spec in table(config).items()}
 
 
 def init(config: Config, key: jax.Array, dtype: Any = jnp.float32) -> Params:

@@ -21,7 +21,19 @@ from jaxtyping import Array, Float, Int
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, Params, Spec
 
-__all__ = ["INT4_GROUP", "Int4", "Int8", "LoRA", "Weight", "adapt", "dequantize", "lookup", "merge", "project", "quantize"]
+__all__ = [
+    "INT4_GROUP",
+    "Int4",
+    "Int8",
+    "LoRA",
+    "Weight",
+    "adapt",
+    "dequantize",
+    "lookup",
+    "merge",
+    "project",
+    "quantize",
+]
 
 INT4_GROUP = 32
 """Values that share one scale in `Int4`, as in GGUF's Q4_0."""
@@ -71,7 +83,7 @@ class LoRA:
 Weight = Array | Int8 | Int4 | LoRA
 
 
-def project(equation: str, x: Float[Array, "..."], w: Weight, *, dtype: Any = None) -> Float[Array, "..."]:
+def project(equation: str, x: Float[Array, ...], w: Weight, *, dtype: Any = None) -> Float[Array, ...]:
     """The product `equation` of activations and a weight, such as "btd,dnh->btnh", in `dtype` (default: that of x)."""
     inputs, output = equation.split("->")
     x_axes, w_axes = inputs.split(",")
@@ -120,7 +132,7 @@ def _contract(equation: str, x: Array, w: Array, dtype: Any) -> Array:
     return product.reshape(*rows, *kept).astype(dtype)
 
 
-def lookup(ids: Int[Array, "..."], w: Weight, dtype: Any) -> Float[Array, "... D"]:
+def lookup(ids: Int[Array, ...], w: Weight, dtype: Any) -> Float[Array, "... D"]:
     """Rows of a [V, D] weight, in `dtype`."""
     if isinstance(w, LoRA):
         update = jnp.einsum("r...,dr->...d", w.b[:, ids], w.a)
@@ -132,7 +144,7 @@ def lookup(ids: Int[Array, "..."], w: Weight, dtype: Any) -> Float[Array, "... D
     return w[ids].astype(dtype)
 
 
-def dequantize(w: Array | Int8 | Int4, dtype: Any = jnp.float32) -> Float[Array, "..."]:
+def dequantize(w: Array | Int8 | Int4, dtype: Any = jnp.float32) -> Float[Array, ...]:
     """The array that a weight stands for (for a LoRA, see `merge`)."""
     if isinstance(w, Int8):
         return (w.values.astype(jnp.float32) * w.scale).astype(dtype)
@@ -177,7 +189,9 @@ def quantize(params: Params, bits: int) -> Params:
     """
     if bits not in (4, 8):
         raise GemmaryError(f"weights can be quantized to 8 or 4 bits, not {bits}")
-    return _map(params, lambda name, w: quantize_weight(name, w, 8 if name == "embed" else bits), lambda s: bool(s.reads))
+    return _map(
+        params, lambda name, w: quantize_weight(name, w, 8 if name == "embed" else bits), lambda s: bool(s.reads)
+    )
 
 
 _PROJECTIONS = tuple(name for name, spec in TABLE.items() if spec.reads and spec.layered)

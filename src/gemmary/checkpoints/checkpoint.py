@@ -23,7 +23,7 @@ import numpy as np
 from gemmary.checkpoints.names import Stored, check_names, layout, split
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
-from gemmary.params import TABLE, Params, table
+from gemmary.params import Params, table
 from gemmary.text.tokenizer import Tokenizer
 
 __all__ = [

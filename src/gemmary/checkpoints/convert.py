@@ -209,5 +209,3 @@ def _to_kaggle(reader: _Reader, stage: Path, _: str | None) -> None:
     tokenizer = reader.source.tokenizer()
     if tokenizer is not None:
         (stage / "tokenizer.model").write_bytes(tokenizer.to_sentencepiece())
-
-

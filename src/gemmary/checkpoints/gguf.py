@@ -136,7 +136,9 @@ def _decimal(value: Any) -> float:
 def fields_for(config: Config, tokenizer: Tokenizer | None, source: Checkpoint, name: str) -> dict[str, Any]:
     """The metadata of a GGUF of this model. NumPy scalars and arrays carry the type that the key is written with."""
     if config.generation == 1 and (config.window or config.qk_norm or config.post_norms):
-        raise GemmaryError("GGUF's gemma architecture has no windows, QK-norm or post-norms: this config cannot be written")
+        raise GemmaryError(
+            "GGUF's gemma architecture has no windows, QK-norm or post-norms: this config cannot be written"
+        )
     architecture = next(key for key, generation in _ARCHITECTURES.items() if generation == config.generation)
     values: dict[str, Any] = {
         "context_length": np.uint32(config.context),

@@ -164,7 +164,9 @@ class GGUFReader:
             raise GemmaryError(f"{where} is GGUF version {version}: {hint}")
         tensors, keys = header.number("Q"), header.number("Q")
         if tensors > _MOST_TENSORS or keys > _MOST_KEYS:
-            raise GemmaryError(f"{where} claims {keys} keys and {tensors} tensors; at most {_MOST_KEYS} of each are read")
+            raise GemmaryError(
+                f"{where} claims {keys} keys and {tensors} tensors; at most {_MOST_KEYS} of each are read"
+            )
         self.fields: dict[str, Any] = {}
         for _ in range(keys):
             key = header.string(1 << 16)
@@ -236,9 +238,7 @@ class GGUFWriter:
 
     _ALIGNMENT = 32
 
-    def __init__(
-        self, path: Path, fields: Mapping[str, Any], plan: Sequence[tuple[str, tuple[int, ...], str]]
-    ) -> None:
+    def __init__(self, path: Path, fields: Mapping[str, Any], plan: Sequence[tuple[str, tuple[int, ...], str]]) -> None:
         header = [_MAGIC, struct.pack("<IQQ", 3, len(plan), len(fields))]
         for key, value in fields.items():
             header += [_string(key), *_value(value)]
@@ -283,7 +283,9 @@ class GGUFWriter:
         """Finish. Raises GemmaryError where a planned tensor never came."""
         self._file.close()
         if self._places:
-            raise GemmaryError(f"{len(self._places)} tensors were planned and not written: {next(iter(self._places))}, …")
+            raise GemmaryError(
+                f"{len(self._places)} tensors were planned and not written: {next(iter(self._places))}, …"
+            )
 
 
 def _string(text: str) -> bytes:

@@ -112,5 +112,3 @@ def _published(embedding: tuple[int, ...] | None) -> Iterator[Config]:
         config = preset.config
         if config.embed_dim == embedding[1] and config.num_tokens <= embedding[0] <= config.num_tokens + 256:
             yield config.replace(vocab_size=embedding[0])
-
-

@@ -20,7 +20,17 @@ from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, shape_of, table
 
-__all__ = ["IGNORED", "LAYOUTS", "Stored", "check_names", "gate_is_transposed", "join", "layout", "split", "stored_shape"]
+__all__ = [
+    "IGNORED",
+    "LAYOUTS",
+    "Stored",
+    "check_names",
+    "gate_is_transposed",
+    "join",
+    "layout",
+    "split",
+    "stored_shape",
+]
 
 
 @dataclass(frozen=True)

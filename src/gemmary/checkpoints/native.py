@@ -92,7 +92,9 @@ class NativeCheckpoint(Checkpoint):
         self.where, self._directory = str(directory), directory
         model = read_json(directory / _MODEL)
         if not isinstance(model, dict) or model.get("format") != _VERSION:
-            raise GemmaryError(f"{directory / _MODEL}: format {model!r:.40} is not {_VERSION}; update gemmary to read it")
+            raise GemmaryError(
+                f"{directory / _MODEL}: format {model!r:.40} is not {_VERSION}; update gemmary to read it"
+            )
         self.config = config_from_json(model.get("config"), self.where)
         self._file = OrbaxReader(directory / _PARAMS)
         self._check()
@@ -193,5 +195,7 @@ def _verify(directory: Path, on_file: Callable[[str], None] = lambda name: None)
             raise GemmaryError(f"{directory}: {name} {state} the checkpoint; it is damaged, use another copy")
         path, entry = directory / name, files[name]
         if path.stat().st_size != entry.get("bytes") or _sha256(path) != entry.get("sha256"):
-            raise GemmaryError(f"{directory}: {name} differs from its SHA-256; the checkpoint is damaged, use another copy")
+            raise GemmaryError(
+                f"{directory}: {name} differs from its SHA-256; the checkpoint is damaged, use another copy"
+            )
         on_file(name)

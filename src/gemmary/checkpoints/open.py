@@ -64,7 +64,9 @@ def _open_directory(path: Path) -> Checkpoint:
     nested = [child for child in path.iterdir() if child.is_dir() and is_orbax(child)]
     if len(nested) == 1:  # Kaggle's download: a tokenizer.model beside the folder of weights
         return open_kaggle(nested[0])
-    raise GemmaryError(f"{path} holds no model that gemmary knows: no config.json, gemmary.json, .gguf, .ckpt or Orbax tree")
+    raise GemmaryError(
+        f"{path} holds no model that gemmary knows: no config.json, gemmary.json, .gguf, .ckpt or Orbax tree"
+    )
 
 
 def _open_sample() -> Checkpoint:

@@ -81,7 +81,9 @@ class SafetensorsReader:
                 self.entries[tensor] = entry
         lost = [tensor for tensor in wanted if tensor not in self.entries]
         if lost:
-            raise GemmaryError(f"{directory}: {', '.join(lost[:4])} of the index are in no shard; fetch the model again")
+            raise GemmaryError(
+                f"{directory}: {', '.join(lost[:4])} of the index are in no shard; fetch the model again"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """That tensor."""
@@ -209,7 +211,9 @@ class SafetensorsWriter:
         for file in self._files:
             file.close()
         if self._places:
-            raise GemmaryError(f"{len(self._places)} tensors were planned and not written: {next(iter(self._places))}, …")
+            raise GemmaryError(
+                f"{len(self._places)} tensors were planned and not written: {next(iter(self._places))}, …"
+            )
 
 
 def _shard_name(i: int, of: int) -> str:

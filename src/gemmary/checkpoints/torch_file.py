@@ -105,7 +105,9 @@ class TorchReader:
         self._infos = {info.filename: info for info in infos}
         pickles = [name for name in self._infos if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1 or len(self._infos) != len(infos):
-            raise GemmaryError(f"{self._where} holds no torch checkpoint: it needs exactly one data.pkl, names once each")
+            raise GemmaryError(
+                f"{self._where} holds no torch checkpoint: it needs exactly one data.pkl, names once each"
+            )
         self._root = pickles[0].removesuffix("data.pkl")
         order = self._infos.get(self._root + "byteorder")
         if order is not None and self._bytes(order, 16) != b"little":

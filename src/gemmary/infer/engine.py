@@ -129,7 +129,9 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, settings: Sequence[Sampling], top: int
     ) -> None:
         if not prompts or len(settings) != len(prompts):
-            raise GemmaryError(f"{len(prompts)} prompts and {len(settings)} sampling settings: give one for each, or one")
+            raise GemmaryError(
+                f"{len(prompts)} prompts and {len(settings)} sampling settings: give one for each, or one"
+            )
         if max_new_tokens < 0 or not 0 <= top <= 20:
             raise GemmaryError("max_new_tokens is at least 1 and top_logprobs from 0 to 20")
         for prompt in prompts:

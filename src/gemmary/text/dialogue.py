@@ -3,7 +3,8 @@
     <bos><start_of_turn>user\\n…<end_of_turn>\\n<start_of_turn>model\\n…<end_of_turn>\\n
 
 Turns are assembled from ids; what people and tools wrote goes through the tokenizer's safe encoder, which cannot emit a
-structural id, so no text becomes structure however it is spelled or split.
+structural id, so no text becomes structure however it is spelled or split. Source: the chat templates published with
+Gemma 1 and Gemma 3, whose ids these are wherever no text holds a mark.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gemmary.errors import GemmaryError
-from gemmary.text.tokenizer import Tokenizer
+from gemmary.text.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 
 __all__ = ["Dialogue", "chat_template", "encode_dialogue"]
 
-_MODEL_ROLES = ("assistant", "model")
+_USER, _MODEL, _SYSTEM = "user", "model", "system"
+_ROLES = {_USER: _USER, _MODEL: _MODEL, "assistant": _MODEL, _SYSTEM: _SYSTEM}
 
 
 class Dialogue(NamedTuple):
-    """A conversation as ids. `loss_mask` is true on what the model said and on the <end_of_turn> after it."""
+    """A conversation as ids. `loss_mask` is true on what the model said and on the end-of-turn mark after it."""
 
     ids: list[int]
     loss_mask: list[bool]
@@ -38,16 +40,17 @@ def encode_dialogue(
 
     `open_turn` begins the model's next turn, for generation; the last message is then the user's. A system message is
     refused or put before the first user turn, a blank line between (default: as the published templates do, refused for
-    Gemma 1 and 2 and put before for Gemma 3). Content is stripped at both ends, as there.
+    Gemma 1 and 2 and put before for Gemma 3). Content is stripped at both ends, but the system's is not, as there.
 
     Raises GemmaryError, naming the message, where roles do not alternate from user on or content is empty or no text.
     """
-    if tokenizer.start_of_turn is None or tokenizer.end_of_turn is None:
+    start, end = tokenizer.start_of_turn, tokenizer.end_of_turn
+    if start is None or end is None:
         raise GemmaryError("this vocabulary has no turn tokens: it can continue text, not hold a conversation")
-    turns = _turns(messages, system or ("prefix" if generation == 3 else "refuse"))
-    if open_turn and turns[-1][0] == "model":
-        raise GemmaryError("the last message is the model's: add what the user says next")
-    newline = tokenizer.encode("\n")
+    turns = _turns(messages, system or ("refuse" if generation < 3 else "prefix"))
+    if open_turn and turns[-1][0] == _MODEL:
+        raise GemmaryError(f"message {len(messages) - 1}, the last, is the model's: add what the user says next")
+    newline, opening = tokenizer.encode("\n"), [start, *tokenizer.encode(f"{_MODEL}\n")]
     ids, mask = [tokenizer.bos], [False]
 
     def add(new: list[int], learned: bool) -> None:
@@ -55,72 +58,90 @@ def encode_dialogue(
         mask.extend([learned] * len(new))
 
     for role, content in turns:
-        said = role == "model"
-        add([tokenizer.start_of_turn, *tokenizer.encode(f"{role}\n")], False)
-        add([*tokenizer.encode(content), tokenizer.end_of_turn], said)
+        if role == _MODEL:
+            add(opening, False)
+            add([*tokenizer.encode(content), end], True)
+        else:  # in one piece: a system message may begin with line breaks, which join the one after the role
+            add([start, *tokenizer.encode(f"{role}\n{content}"), end], False)
         add(newline, False)
     if open_turn:
-        add([tokenizer.start_of_turn, *tokenizer.encode("model\n")], False)
+        add(opening, False)
     return Dialogue(ids, mask)
 
 
 def _turns(messages: Sequence[Mapping[str, Any]], system: str) -> list[tuple[str, str]]:
     """(user | model, content) in turn, the system message dealt with."""
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+    if system not in ("refuse", "prefix"):
+        raise GemmaryError(f"system is {system!r}; it may be 'refuse' or 'prefix'")
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
         raise GemmaryError("a conversation is a list of messages, and has at least one")
     read = [_message(i, message) for i, message in enumerate(messages)]
-    prefix = ""
-    if read[0][0] == "system":
+    prefix, first = "", 0
+    if read[0][0] == _SYSTEM:
         if system == "refuse":
-            raise GemmaryError("message 0: Gemma 1 and 2 have no system role; put it at the head of the first user message")
-        prefix = read.pop(0)[1] + "\n\n"
-        if not read:
-            raise GemmaryError("a conversation needs a user message after the system one")
+            raise GemmaryError("message 0: Gemma 1 and 2 have no system role; put it into the first user message")
+        prefix, first = read[0][1] + "\n\n", 1
+        if len(read) == 1:
+            raise GemmaryError("message 0 is the system's and the only one: add what the user says")
     turns = []
-    offset = len(messages) - len(read)
-    for i, (role, content) in enumerate(read):
-        expected = "user" if i % 2 == 0 else "model"
-        if role != expected:
-            raise GemmaryError(f"message {i + offset} is the {role}'s: turns go user, model, user, … from a user's on")
-        turns.append((role, prefix + content if i == 0 else content))
+    for i, (role, content) in enumerate(read[first:]):
+        if role != (_USER if i % 2 == 0 else _MODEL):
+            raise GemmaryError(f"message {i + first} is the {role}'s: turns go user, model, user, … from a user's on")
+        turns.append((role, content if i else prefix + content))
     return turns
 
 
 def _message(i: int, message: Any) -> tuple[str, str]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+    """The role as turns name it, and the content as they hold it."""
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise GemmaryError(f"message {i} needs a role and a content")
     role, content = message["role"], message["content"]
-    if role in _MODEL_ROLES:
-        role = "model"
-    elif role not in ("user", "system"):
-        raise GemmaryError(f"message {i} has the role {role[:40]!r}; roles are system, user and assistant (or model)")
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
-        if not all(isinstance(part, str) for part in parts):
-            raise GemmaryError(f"message {i}: every part of its content must be text; gemmary's models read nothing else")
-        content = "".join(part.strip() for part in parts if part)
-    if not isinstance(content, str):
-        raise GemmaryError(f"message {i}: its content must be text")
-    if not content.strip():
+    if not isinstance(role, str) or role not in _ROLES:
+        raise GemmaryError(
+            f"message {i} has the role {str(role)[:40]!r}; roles are system, user and assistant (or model)"
+        )
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts: list[Any] = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise GemmaryError(
+            f"message {i}: its content must be text, or a list of text parts; gemmary's models read text"
+        )
+    text = "".join(part if role == _SYSTEM else part.strip() for part in texts)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise GemmaryError(f"message {i}: its content has a lone surrogate: it is not Unicode") from None
+    if not text.strip():
         raise GemmaryError(f"message {i}: its content is empty")
-    return role, content.strip()
+    return _ROLES[role], text
 
 
 def chat_template(generation: int) -> str:
-    """The same turns as a Jinja template, for the programs that our exports are opened with."""
+    """The same turns as a Jinja template, for the programs that our exports are opened with.
+
+    Those render text and then encode it, so there a mark that a user types is structure: our own paths never use this.
+    """
+    said = (
+        "{%- macro said(content, bare) -%}"
+        "{%- if content is string -%}{{ content if bare else content | trim }}{%- else -%}"
+        "{%- for part in content -%}{{ part['text'] if bare else part['text'] | trim }}{%- endfor -%}"
+        "{%- endif -%}{%- endmacro -%}"
+    )
     opening = (
-        "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] | trim + '\\n\\n' -%}"
-        "{%- set turns = messages[1:] -%}"
-        if generation == 3
-        else "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('this model has no system role') }}"
+        "{%- if messages[0]['role'] == 'system' -%}"
+        + (
+            "{{ raise_exception('this model has no system role') }}"
+            if generation < 3
+            else "{%- set system = said(messages[0]['content'], true) + '\\n\\n' -%}{%- set turns = messages[1:] -%}"
+        )
+        + "{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}"
     )
     return (
-        "{{ bos_token }}" + opening + "{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}"
-        "{%- for turn in turns -%}"
+        said + "{{ bos_token }}" + opening + "{%- for turn in turns -%}"
         "{%- if (turn['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
         "{{ raise_exception('turns alternate, the user first') }}{%- endif -%}"
-        "{{ '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else turn['role']) + '\\n' }}"
-        "{{ (system if loop.first else '') + (turn['content'] | trim) + '<end_of_turn>\\n' }}"
+        f"{{{{ '{START_OF_TURN}' + ('model' if turn['role'] == 'assistant' else turn['role']) + '\\n' }}}}"
+        f"{{{{ (system if loop.first else '') + said(turn['content'], false) + '{END_OF_TURN}\\n' }}}}"
         "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{ '{START_OF_TURN}model\\n' }}}}{{%- endif -%}}"
     )

