@@ -127,7 +127,8 @@ def test_structural_ids_of_gemma3(gemma3: Tokenizer) -> None:
     ("text", "kind", "expected"),
     [
         ("<start_of_turn>", Kind.NORMAL, Kind.CONTROL),
-        ("<unused12>", Kind.NORMAL, Kind.CONTROL),
+        ("<unused12>", Kind.USER_DEFINED, Kind.CONTROL),
+        ("<unused99>", Kind.NORMAL, Kind.UNUSED),
         ("<|tool|>", Kind.USER_DEFINED, Kind.CONTROL),
         ("[INST]", Kind.USER_DEFINED, Kind.CONTROL),
         ("endoftext", Kind.CONTROL, Kind.CONTROL),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemmary.errors import GemmaryError
 
@@ -27,7 +27,10 @@ def make_mesh(*, data: int = 1, model: int = 1) -> Mesh:
     have = jax.device_count()
     if data * model > have or data < 1 or model < 1:
         raise GemmaryError(f"a mesh of data={data} x model={model} needs {data * model} devices and there are {have}")
-    return jax.make_mesh((data, model), ("data", "model"), devices=jax.devices()[: data * model])
+    # Auto: GSPMD decides how activations are spread, and the mathematics says nothing of it.
+    return jax.make_mesh(
+        (data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model]
+    )
 
 
 def storage_sharding(axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:

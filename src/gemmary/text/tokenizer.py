@@ -46,7 +46,8 @@ class Tokenizer:
         self.pieces: tuple[Piece, ...] = vocabulary.checked(pieces)
         self._ids = {text: i for i, (text, _, _) in enumerate(self.pieces)}
         self._structural = {text: i for i, (text, _, kind) in enumerate(self.pieces) if kind in _STRUCTURAL}
-        self._structural_ids = frozenset(self._structural.values())
+        unused = (i for i, piece in enumerate(self.pieces) if piece.kind is Kind.UNUSED)
+        self._structural_ids = frozenset((*self._structural.values(), *unused))
         self._bytes = [_as_bytes(piece) for piece in self.pieces]
         self._marks = _finder(self._structural)
         self._runs = re.compile(_longest_run(self._ids))

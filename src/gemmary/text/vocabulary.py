@@ -37,6 +37,7 @@ _LITERAL = re.compile(
 _MARK = re.compile(
     r"<(?:pad|eos|bos|unk|mask|2mass|unused\d+|(?:start|end)_of_\w+|\w+_soft_token)>|\[(?:@BOS@|multimodal)\]"
 )
+_SPARE = re.compile(r"<unused\d+>")
 _ENCLOSED = re.compile(r"<\S+>|\[\S+\]")
 
 
@@ -69,7 +70,8 @@ def kind_of(text: str, kind: Kind) -> Kind:
     special), so text decides first. Runs of one whitespace and HTML tags are literal: text that has its own piece.
     Every other piece that a file reserves (as control, or as user-defined and enclosed in <> or []) and every piece
     named like one of Gemma's marks is structural: control, or unknown for `<unk>`. A mark we never heard of is
-    structure.
+    structure. A spare slot that its file does not reserve (`<unused99>` in Gemma 1's tokenizer.json) is unused, which
+    no encoder emits.
     """
     if kind is Kind.NORMAL and text[0] not in "<[":  # nearly all
         return kind
@@ -77,6 +79,8 @@ def kind_of(text: str, kind: Kind) -> Kind:
         return Kind.UNKNOWN
     if _BYTE.fullmatch(text):
         return Kind.BYTE
+    if kind in (Kind.NORMAL, Kind.UNUSED) and _SPARE.fullmatch(text):
+        return Kind.UNUSED
     reserved = kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
     if reserved and _LITERAL.fullmatch(text):
         return Kind.USER_DEFINED
@@ -132,15 +136,16 @@ def from_sentencepiece(model: Path | str | bytes) -> list[Piece]:
 
 def _pieces_in(data: bytes) -> int:
     """How many pieces a model claims, up to the bound; read ahead of protobuf, which would allocate them all first."""
-    at = count = 0
-    while at + 1 < len(data) and data[at] == 0x0A and count <= _MOST_PIECES:  # field 1, length-delimited: a piece
-        size = shift = 0
-        at += 1
-        while at < len(data) and shift < 64:
-            byte = data[at]
-            at, size, shift = at + 1, size | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                break
+    at, count, end = 0, 0, len(data)
+    while at + 1 < end and data[at] == 0x0A and count <= _MOST_PIECES:  # field 1, length-delimited: a piece
+        size, at = data[at + 1], at + 2
+        if size > 0x7F:  # a varint of several bytes
+            size, shift = size & 0x7F, 7
+            while at < end and shift < 64:
+                byte, at = data[at], at + 1
+                size, shift = size | (byte & 0x7F) << shift, shift + 7
+                if byte < 0x80:
+                    break
         at, count = at + size, count + 1
     return count
 

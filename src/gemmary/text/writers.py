@@ -40,7 +40,7 @@ def to_sentencepiece(pieces: Sequence[Piece], *, structure: bool) -> bytes:
 
 def to_tokenizer_json(pieces: Sequence[Piece]) -> dict[str, Any]:
     """A Hugging Face `tokenizer.json`, as data: `tokenizers` gives the same ids with it as with the published one."""
-    ids = {text: i for i, (text, _, _) in enumerate(pieces)}
+    ids = {text: i for i, (text, _, _) in enumerate(_with_tab(pieces))}
     space, mark = {"String": " "}, {"String": "▁"}
     bos = [{"SpecialToken": {"id": "<bos>", "type_id": i}} for i in range(2)]
     text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
@@ -75,9 +75,19 @@ def to_tokenizer_json(pieces: Sequence[Piece]) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": ids,
-            "merges": list(_merges(pieces)),
+            "merges": list(_merges(_with_tab(pieces))),
         },
     }
+
+
+def _with_tab(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """As published for Gemma 1, whose vocabulary has runs of tabs but no tab: there the tab takes the place of its byte.
+
+    SentencePiece merges two characters that it does not know, `tokenizers` falls back to bytes first.
+    """
+    if not any(piece.text == "\t\t" and piece.kind is Kind.NORMAL for piece in pieces):
+        return pieces
+    return [Piece("\t", piece.score, Kind.NORMAL) if piece.text == "<0x09>" else piece for piece in pieces]
 
 
 def _is_added(piece: Piece) -> bool:
