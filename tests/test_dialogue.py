@@ -7,13 +7,12 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import jinja2
 import pytest
-from test_tokenizer import gemma3, golden, tiny, tiny_model
+from test_tokenizer import golden
 
 from gemmary.errors import GemmaryError
 from gemmary.text import Dialogue, Tokenizer, chat_template, encode_dialogue
-
-__all__ = ["gemma3", "tiny", "tiny_model"]  # fixtures
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 
@@ -213,8 +212,6 @@ def test_unknown_way_with_system_messages(tiny: Tokenizer) -> None:
 
 @pytest.mark.parametrize("generation", [1, 3])
 def test_exported_template_renders_as_the_published(generation: int) -> None:
-    jinja2 = pytest.importorskip("jinja2")
-
     def refuse(message: str) -> None:
         raise ValueError(message)
 

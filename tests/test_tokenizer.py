@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import string
@@ -15,55 +14,15 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from gemmary.checkpoints import open_model
 from gemmary.errors import GemmaryError
 from gemmary.text import Decoder, Tokenizer
 from gemmary.text.vocabulary import Kind, kind_of
 
 GOLDEN = Path(__file__).parent / "golden"
-GEMMA1_MARKS = [
-    "<mask>",
-    "<2mass>",
-    "[@BOS@]",
-    *(f"<unused{i}>" for i in range(99)),
-    "<start_of_turn>",
-    "<end_of_turn>",
-]
-RUNS = ["\n" * n for n in range(1, 32)] + ["▁" * n for n in range(2, 32)]
-TAGS = ["<table>", "</table>", "<h1>", "</h1>", "<b>", "</b>", "<code>", "</code>", "<s>", "</s>"]
 
 
 def golden(name: str) -> Any:
     return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="session")
-def gemma3() -> Tokenizer:
-    """The real Gemma 3 vocabulary, from the packaged GGUF."""
-    with open_model("sample") as checkpoint:
-        tokenizer = checkpoint.tokenizer()
-    assert tokenizer is not None
-    return tokenizer
-
-
-@pytest.fixture(scope="session")
-def tiny_model() -> bytes:
-    """A small SentencePiece model, trained with Gemma's options and with Gemma 1's first ids."""
-    corpus = Path(random.__file__).read_text(encoding="utf-8").splitlines()
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_writer=trained, model_type="bpe", vocab_size=1000, byte_fallback=True,
-        split_digits=True, add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
-        allow_whitespace_only_pieces=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
-        bos_piece="<bos>", unk_piece="<unk>", user_defined_symbols=[*GEMMA1_MARKS, *RUNS, *TAGS], minloglevel=2,
-        character_coverage=1.0, num_threads=1,
-    )  # fmt: skip
-    return trained.getvalue()
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_model: bytes) -> Tokenizer:
-    return Tokenizer.from_sentencepiece(tiny_model)
 
 
 def random_texts(seed: int, count: int, pieces: list[str]) -> Iterator[str]:

@@ -154,7 +154,7 @@ def test_only_adapters_need_a_gradient(params: Params) -> None:
 
 
 def test_wrong_targets_are_refused(params: Params) -> None:
-    with pytest.raises(GemmaryError, match="attn.x"):
+    with pytest.raises(GemmaryError, match=r"attn\.x"):
         adapt(params, jax.random.key(0), 4, targets=["attn.x"])
     with pytest.raises(GemmaryError, match="already adapted"):
         adapt(adapt(params, jax.random.key(0), 4), jax.random.key(0), 4)

@@ -39,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _err = Console(stderr=True)
+_TABLE_WIDTH = 120  # so that names stay whole where output is piped; a narrower terminal wraps the lines
 
 Model = Annotated[str, typer.Argument(help="A directory, a file, 'sample', or with --hub a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -172,6 +173,7 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def _print_inspection(found: Inspection) -> None:
     out = Console()
+    out.width = max(out.width, _TABLE_WIDTH)
     config = found.to_json()["config"]
     out.print(f"[bold]{found.model}[/] ({found.format}), Gemma {found.config.generation}", highlight=False)
     out.print("  ".join(f"{key}={value}" for key, value in config.items()), style="dim", highlight=False)
@@ -179,9 +181,9 @@ def _print_inspection(found: Inspection) -> None:
     for column in table.columns[2:5] + table.columns[6:]:
         column.justify = "right"
     for line in found.tensors:
-        counts = f"{line.count:,}", str(line.layers), f"{line.count * line.layers:,}"
+        numbers = f"{line.count:,}", str(line.layers), f"{line.count * line.layers:,}"
         name = line.name.replace("{i}", "*")
-        table.add_row(name, str(list(line.shape)), *counts, line.dtype, f"{line.bytes:,}")
+        table.add_row(name, str(list(line.shape)), *numbers, line.dtype, f"{line.bytes:,}")
     out.print(table)
     counts = found.counts
     size = sum(line.bytes for line in found.tensors)

@@ -19,7 +19,7 @@ from gemmary.checkpoints import open_model
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.infer.engine import Engine, Token
-from gemmary.infer.sampling import Sampling
+from gemmary.infer.sampling import GREEDY, Sampling
 from gemmary.params import Params, layered_names
 from gemmary.text.dialogue import encode_dialogue
 from gemmary.text.tokenizer import Decoder, Tokenizer
@@ -82,7 +82,8 @@ class Gemma:
         """The model's continuation of a text (or of token ids, taken as they are). Options are those of `stream`."""
         ids = self.prompt_ids(prompt)
         started = time.perf_counter()
-        pieces, first = [], started
+        pieces: list[Piece] = []
+        first = started
         for piece in self.stream(ids, **options):
             if not pieces:
                 first = time.perf_counter()
@@ -108,7 +109,7 @@ class Gemma:
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int = 256,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         top_logprobs: int = 0,
     ) -> Iterator[Piece]:

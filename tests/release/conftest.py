@@ -1,4 +1,4 @@
-"""Options that name the published tokenizers; a release test that needs one fails without it, and is never skipped."""
+"""Options that name the peers; a release test that needs one fails without it, and is never skipped."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             metavar="TOKENIZER_JSON",
             help=f"the published tokenizer.json of Gemma {generation}, as in npm's {package} under models/",
         )
+    parser.addoption(
+        "--peers", metavar="PYTHON", help="the Python of an environment with transformers, torch and llama-cpp-python"
+    )
+
+
+@pytest.fixture(scope="session")
+def peers(request: pytest.FixtureRequest) -> str:
+    """A Python that has the peers; `make test-release` makes its environment."""
+    python = request.config.getoption("--peers")
+    if python is None or not Path(python).is_file():
+        pytest.fail(f"give --peers the Python of an environment with transformers and llama-cpp-python, not {python}")
+    return str(python)
 
 
 @pytest.fixture(scope="session")

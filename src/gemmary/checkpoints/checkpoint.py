@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ __all__ = [
     "Checkpoint",
     "StoredCheckpoint",
     "TensorFile",
+    "closed_on_error",
     "config_from_json",
     "config_to_json",
     "known_tokens",
@@ -47,6 +48,9 @@ class TensorFile(Protocol):
     def entries(self) -> Mapping[str, Any]: ...
     def read(self, name: str) -> np.ndarray: ...
     def close(self) -> None: ...
+
+
+F = TypeVar("F", bound=TensorFile)
 
 
 class Checkpoint(ABC):
@@ -72,6 +76,7 @@ class Checkpoint(ABC):
         """The tokenizer that came with the weights, if one did."""
         return None
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the files."""
 
@@ -139,7 +144,7 @@ class StoredCheckpoint(Checkpoint):
     def stored_bytes(self, name: str) -> int:
         row = self._rows[name]
         layers = self.config.num_layers if row.layered else 1
-        return sum(self._entry(name, i).nbytes for i in range(layers)) // len(row.members)
+        return int(sum(self._entry(name, i).nbytes for i in range(layers))) // len(row.members)
 
     def close(self) -> None:
         self._last = ("", {})
@@ -179,6 +184,16 @@ def read_json(path: Path) -> Any:
         raise GemmaryError(f"{path} is missing: give a directory that holds a whole model") from None
     except (OSError, ValueError, RecursionError) as error:
         raise GemmaryError(f"{path} cannot be read as JSON ({error})") from None
+
+
+@contextmanager
+def closed_on_error(file: F) -> Iterator[F]:
+    """The opened file, for making a checkpoint of; where that fails, it is closed."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from gemmary.weights import Int4, Int8, LoRA, dequantize, merge, quantize_weight
 __all__ = ["DTYPES", "FORMATS", "GGUF_TYPES", "convert", "quantize_model"]
 
 FORMATS = ("native", "hf", "gguf", "kaggle")
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 GGUF_TYPES = ("F32", "BF16", "Q8_0")
 
 Progress = Callable[[int, int], None]
@@ -117,18 +117,21 @@ class _Reader:
         array: np.ndarray = weight if self._dtype is None else weight.astype(self._dtype, copy=False)
         if array.dtype == np.float16:  # the other formats we write have no use for it, and fp32 holds it exactly
             array = array.astype(np.float32)
-        return self._count(name, array)
+        self._count(name)
+        return array
 
-    def _count(self, name: str, weight: Any) -> Any:
+    def _count(self, name: str) -> None:
         spec = TABLE[name]
         self._done += math.prod(shape_of(self.config, spec)[1 if spec.layered else 0 :])
         self._progress(self._done, self._total)
-        return weight
 
     def as_stored(self, name: str, layer: int) -> Any:
         """The weight for a native checkpoint: quantized and adapted leaves stay, unless a dtype is asked for."""
         weight = self.source.weight(name, layer)
-        return self.array(name, layer) if self._dtype or isinstance(weight, np.ndarray) else self._count(name, weight)
+        if self._dtype or isinstance(weight, np.ndarray):
+            return self.array(name, layer)
+        self._count(name)
+        return weight
 
     def dtype(self, row: Stored, layer: int) -> np.dtype[Any]:
         """The dtype that `joined` gives. Norms, which a format may keep wider than the rest, are read to know."""
@@ -141,7 +144,7 @@ class _Reader:
         return join(row, self.config, {ours: self.array(ours, layer) for ours in row.members})
 
     def bytes(self) -> int:
-        return self._total * DTYPES[self.dtype_name].itemsize
+        return self._total * int(DTYPES[self.dtype_name].itemsize)
 
 
 def _float_dtype(stored: str) -> np.dtype[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemmary.checkpoints.checkpoint import Checkpoint, StoredCheckpoint
+from gemmary.checkpoints.checkpoint import Checkpoint, StoredCheckpoint, closed_on_error
 from gemmary.checkpoints.gguf_file import GGUFReader
 from gemmary.checkpoints.names import layout
 from gemmary.config import Config
@@ -64,24 +64,26 @@ class GGUFCheckpoint(StoredCheckpoint):
 
     def tokenizer(self) -> Tokenizer | None:
         fields = self._gguf.fields
-        pieces = [fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")]
-        return None if any(part is None for part in pieces) else Tokenizer.from_pieces(*pieces)
+        tokens, scores, types = (fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type"))
+        if tokens is None or scores is None or types is None:
+            return None
+        return Tokenizer.from_pieces(tokens, scores, types)
 
 
 def open_gguf(paths: Path | Sequence[Path], where: str | None = None) -> GGUFCheckpoint:
     """Open a GGUF, whole or cut in parts. Raises GemmaryError for another architecture and for whatever is malformed."""
-    file = GGUFReader(paths)
     where = where or str(paths)
-    architecture = file.fields.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
-        raise GemmaryError(f"{where}: architecture {architecture!r:.60}; gemmary reads {', '.join(_ARCHITECTURES)}")
-    try:
-        config = _config(str(architecture), file)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, GemmaryError):
+    with closed_on_error(GGUFReader(paths)) as file:
+        architecture = file.fields.get("general.architecture")
+        if architecture not in _ARCHITECTURES:
+            raise GemmaryError(f"{where}: architecture {architecture!r:.60}; gemmary reads {', '.join(_ARCHITECTURES)}")
+        try:
+            config = _config(str(architecture), file)
+        except GemmaryError as error:
             raise GemmaryError(f"{where}: {error}") from None
-        raise GemmaryError(f"{where}: missing or malformed key {error}") from None
-    return GGUFCheckpoint(where, config, file)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise GemmaryError(f"{where}: missing or malformed key {error}") from None
+        return GGUFCheckpoint(where, config, file)
 
 
 def _config(architecture: str, file: GGUFReader) -> Config:

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {np.dtype(code): number for number, code in _SCALARS.items()}
 
-_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_PLAIN: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 READ_TYPES = (*_PLAIN, "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
 WRITE_TYPES = ("F32", "BF16", "Q8_0")
 
@@ -63,13 +68,15 @@ class _Parts:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more parts"
-        try:
-            self._files = [path.open("rb") for path in paths]
-        except OSError as error:
-            raise GemmaryError(f"{error.filename} cannot be read: {error.strerror}") from None
+        self._files: list[BufferedReader] = []
         self._starts = [0]
-        for path in paths:
-            self._starts.append(self._starts[-1] + path.stat().st_size)
+        try:
+            for path in paths:
+                self._files.append(path.open("rb"))
+                self._starts.append(self._starts[-1] + path.stat().st_size)
+        except OSError as error:
+            self.close()
+            raise GemmaryError(f"{error.filename} cannot be read: {error.strerror}") from None
         self.size = self._starts[-1]
 
     def read_into(self, start: int, view: memoryview) -> None:
@@ -80,7 +87,7 @@ class _Parts:
             file = self._files[part]
             file.seek(start + filled - self._starts[part])
             end = min(len(view), self._starts[part + 1] - start)
-            count = file.readinto(view[filled:end])  # type: ignore[attr-defined]
+            count = file.readinto(view[filled:end])
             if not count:
                 raise GemmaryError(f"{self.where} ends early; fetch it again")
             filled += count
@@ -178,7 +185,7 @@ class GGUFReader:
             raise GemmaryError(f"{where} has an alignment of {alignment!r}: it must be a power of two")
         infos = [self._tensor_info(header) for _ in range(tensors)]
         data = -(-header.at // alignment) * alignment
-        self.entries = {name: self._entry(name, *info, data, alignment) for name, *info in infos}
+        self.entries = {name: self._entry(name, *info, data, alignment) for name, info in infos}
         if len(self.entries) != tensors:
             raise GemmaryError(f"{where} has two tensors of one name: it is damaged")
         ends = 0
@@ -187,13 +194,13 @@ class GGUFReader:
                 raise GemmaryError(f"{where} has tensors that overlap: it is damaged")
             ends = entry.start + entry.nbytes
 
-    def _tensor_info(self, header: _Header) -> tuple[str, tuple[int, ...], int, int]:
+    def _tensor_info(self, header: _Header) -> tuple[str, tuple[tuple[int, ...], int, int]]:
         name = header.string(_MOST_NAME)
         dims = header.number("I")
         if not 1 <= dims <= _MOST_DIMS:
             raise GemmaryError(f"{self._parts.where}: {name!r} has {dims} dimensions; GGUF has 1 to {_MOST_DIMS}")
         shape = tuple(header.number("Q") for _ in range(dims))[::-1]
-        return name, shape, header.number("I"), header.number("Q")
+        return name, (shape, header.number("I"), header.number("Q"))
 
     def _entry(self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int, alignment: int) -> Entry:
         where = self._parts.where
@@ -213,7 +220,7 @@ class GGUFReader:
         entry = self.entries[name]
         if entry.type_name in _PLAIN:
             plain = np.empty(entry.shape, entry.dtype)
-            self._parts.read_into(entry.start, memoryview(plain.reshape(-1).view(np.uint8)))
+            self._parts.read_into(entry.start, plain.reshape(-1).view(np.uint8).data)
             return plain
         out = np.empty(entry.shape, np.float32)
         rows = out.reshape(-1, entry.shape[-1])
@@ -222,7 +229,7 @@ class GGUFReader:
         kind = GGMLQuantizationType[entry.type_name]
         for start in range(0, len(rows), step):
             packed = np.empty((min(step, len(rows) - start), row_bytes), np.uint8)
-            self._parts.read_into(entry.start + start * row_bytes, memoryview(packed.reshape(-1)))
+            self._parts.read_into(entry.start + start * row_bytes, packed.reshape(-1).data)
             rows[start : start + step] = dequantize(packed, kind)
         return out
 
@@ -271,13 +278,13 @@ class GGUFWriter:
         self._file.seek(self._data + at)
         if kind in _PLAIN:
             plain = np.ascontiguousarray(array.astype(_PLAIN[kind], copy=False))
-            self._file.write(memoryview(plain.reshape(-1).view(np.uint8)))
+            self._file.write(plain.reshape(-1).view(np.uint8).data)
             return
         rows = array.reshape(-1, shape[-1])
         step = max(1, _MOST_BLOCK_BYTES // (4 * shape[-1]))
         for start in range(0, len(rows), step):
             piece = rows[start : start + step].astype(np.float32)
-            self._file.write(memoryview(quantize(piece, GGMLQuantizationType[kind]).reshape(-1).view(np.uint8)))
+            self._file.write(quantize(piece, GGMLQuantizationType[kind]).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
         """Finish. Raises GemmaryError where a planned tensor never came."""

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gemmary.checkpoints.checkpoint import StoredCheckpoint, TensorFile, config_from_json, read_json
+from gemmary.checkpoints.checkpoint import (
+    StoredCheckpoint,
+    TensorFile,
+    closed_on_error,
+    config_from_json,
+    read_json,
+)
 from gemmary.checkpoints.names import IGNORED, Stored, layout, stored_shape
 from gemmary.checkpoints.orbax_file import OrbaxReader
 from gemmary.checkpoints.torch_file import TorchReader
@@ -59,29 +65,31 @@ class TorchCheckpoint(_GoogleCheckpoint):
 
 def open_kaggle(directory: Path) -> KaggleCheckpoint:
     """Open a Flax checkpoint, its keys flat (as released) or nested (as Google's library saves)."""
-    file = OrbaxReader(directory)
-    files = {}
-    for name in file.entries:
-        plain = name if name.startswith(("transformer/", "SigLiPFromPatches_0/")) else f"transformer/{name}"
-        if plain.endswith(("mlp/linear", "mlp/gating_einsum")):
-            plain += "/w"  # the newer, nested layout drops it
-        if not plain.startswith(IGNORED["kaggle"]):
-            files[plain] = name
-    config = _config_for(directory, "kaggle", {name: file.entries[files[name]].shape for name in files})
-    return KaggleCheckpoint(directory, str(directory), "kaggle", config, file, files)
+    with closed_on_error(OrbaxReader(directory)) as file:
+        files = {}
+        for name in file.entries:
+            plain = name if name.startswith(("transformer/", "SigLiPFromPatches_0/")) else f"transformer/{name}"
+            if plain.endswith(("mlp/linear", "mlp/gating_einsum")):
+                plain += "/w"  # the newer, nested layout drops it
+            if not plain.startswith(IGNORED["kaggle"]):
+                files[plain] = name
+        config = _config_for(directory, "kaggle", {name: file.entries[files[name]].shape for name in files})
+        return KaggleCheckpoint(directory, str(directory), "kaggle", config, file, files)
 
 
 def open_torch(path: Path) -> TorchCheckpoint:
     """Open a .ckpt without torch and without running anything in it."""
-    file = TorchReader(path)
-    files = {name: name for name in file.entries if not name.endswith((_SCALER, *IGNORED["torch"]))}
-    config = _config_for(path.parent, "torch", {name: file.entries[name].shape for name in files}, str(path))
-    for name in files:
-        if file.entries[name].dtype == np.int8:
-            scaler = file.entries.get(name + _SCALER)
-            if scaler is None or scaler.shape != file.entries[name].shape[:1]:
-                raise GemmaryError(f"{path}: {name} is int8 and has no scale per row beside it; the file is incomplete")
-    return TorchCheckpoint(path.parent, str(path), "torch", config, file, files)
+    with closed_on_error(TorchReader(path)) as file:
+        files = {name: name for name in file.entries if not name.endswith((_SCALER, *IGNORED["torch"]))}
+        config = _config_for(path.parent, "torch", {name: file.entries[name].shape for name in files}, str(path))
+        for name in files:
+            if file.entries[name].dtype == np.int8:
+                scaler = file.entries.get(name + _SCALER)
+                if scaler is None or scaler.shape != file.entries[name].shape[:1]:
+                    raise GemmaryError(
+                        f"{path}: {name} is int8 and has no scale per row beside it; the file is incomplete"
+                    )
+        return TorchCheckpoint(path.parent, str(path), "torch", config, file, files)
 
 
 def _config_for(

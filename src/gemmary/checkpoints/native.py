@@ -21,6 +21,7 @@ import numpy as np
 
 from gemmary.checkpoints.checkpoint import (
     Checkpoint,
+    closed_on_error,
     config_from_json,
     config_to_json,
     read_json,
@@ -96,8 +97,8 @@ class NativeCheckpoint(Checkpoint):
                 f"{directory / _MODEL}: format {model!r:.40} is not {_VERSION}; update gemmary to read it"
             )
         self.config = config_from_json(model.get("config"), self.where)
-        self._file = OrbaxReader(directory / _PARAMS)
-        self._check()
+        with closed_on_error(OrbaxReader(directory / _PARAMS)) as self._file:
+            self._check()
 
     def _check(self) -> None:
         wanted = {

@@ -91,7 +91,7 @@ class SafetensorsReader:
         array = np.empty(entry.shape, entry.dtype)
         with entry.file.open("rb") as file:
             file.seek(entry.start)
-            if file.readinto(array.reshape(-1).view(np.uint8)) != entry.nbytes:
+            if file.readinto(array.reshape(-1).view(np.uint8).data) != entry.nbytes:
                 raise GemmaryError(f"{entry.file} is cut short within {name}; fetch it again")
         return array
 
@@ -204,7 +204,7 @@ class SafetensorsWriter:
         if array.shape != entry.shape or array.dtype != entry.dtype:
             raise GemmaryError(f"{name} is {array.dtype} {array.shape}, planned as {entry.dtype} {entry.shape}")
         file.seek(entry.start)
-        file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
         """Finish. Raises GemmaryError where a planned tensor never came."""

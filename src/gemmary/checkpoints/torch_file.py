@@ -72,8 +72,12 @@ class Entry:
         return self.storage.dtype
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * int(self.dtype.itemsize)
 
 
 class TorchReader:
@@ -130,15 +134,15 @@ class TorchReader:
         info = self._infos.get(f"{self._root}data/{entry.storage.key}")
         reach = entry.offset + sum((n - 1) * stride for n, stride in zip(entry.shape, entry.strides, strict=True)) + 1
         held = info.file_size // entry.dtype.itemsize if info is not None else 0
-        if info is None or info.compress_type != zipfile.ZIP_STORED or (math.prod(entry.shape) and reach > held):
+        if info is None or info.compress_type != zipfile.ZIP_STORED or (entry.size and reach > held):
             raise GemmaryError(f"{self._where}: {name} reaches outside its storage; the file is cut short or damaged")
-        if math.prod(entry.shape) > held:
+        if entry.size > held:
             raise GemmaryError(f"{self._where}: {name} repeats its storage's values; that is no checkpoint's tensor")
 
     def read(self, name: str) -> np.ndarray:
         """That tensor; only the stretch of its storage that it covers is read."""
         entry = self.entries[name]
-        if not math.prod(entry.shape):
+        if not entry.size:
             return np.empty(entry.shape, entry.dtype)
         size = entry.dtype.itemsize
         span = sum((n - 1) * stride for n, stride in zip(entry.shape, entry.strides, strict=True)) + 1
@@ -146,7 +150,7 @@ class TorchReader:
         try:
             with self._zip.open(self._infos[f"{self._root}data/{entry.storage.key}"]) as file:
                 file.seek(entry.offset * size)
-                view, filled = memoryview(flat.view(np.uint8)), 0
+                view, filled = flat.view(np.uint8).data, 0
                 while filled < len(view):
                     count = file.readinto(view[filled:])  # type: ignore[attr-defined]
                     if not count:

@@ -19,7 +19,7 @@ import numpy as np
 
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
-from gemmary.infer.sampling import Rows, Sampling, rows_of, sample
+from gemmary.infer.sampling import GREEDY, Rows, Sampling, rows_of, sample
 from gemmary.model.attention import Marks
 from gemmary.model.cache import Cache, init_cache
 from gemmary.model.transformer import hidden, logits
@@ -60,7 +60,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
         stop_ids: Sequence[int] = (),
         top_logprobs: int = 0,
     ) -> Iterator[list[Token]]:
@@ -86,10 +86,10 @@ class Engine:
         while True:
             ids, chosen, top_ids, top = (np.asarray(part) for part in state[:4])
             step = []
-            for row in np.flatnonzero(alive):
+            for row in np.flatnonzero(alive).tolist():
                 finish = self._finish(int(ids[row]), int(position[row]) + 1 >= room[row], stop_ids)
                 best = tuple(zip(top_ids[row].tolist(), top[row].tolist(), strict=True))
-                step.append(Token(int(row), int(ids[row]), float(chosen[row]), best, finish))
+                step.append(Token(row, int(ids[row]), float(chosen[row]), best, finish))
                 alive[row] = finish is None
             yield step
             if not alive.any():
@@ -104,7 +104,7 @@ class Engine:
 
     def log_probs(self, ids: Sequence[int]) -> np.ndarray:
         """Log-probability of every id given those before it, float32 [T - 1]; the text is read in chunks."""
-        self._check([ids], 0, [Sampling()], 0)
+        self._check([ids], 0, [GREEDY], 0)
         cache = init_cache(self.config, 1, _rounded(len(ids)), self.chunk, self.dtype)
         scores = []
         for start in range(0, len(ids) - 1, self.chunk):

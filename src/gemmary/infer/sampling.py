@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemmary.errors import GemmaryError
 
-__all__ = ["Rows", "Sampling", "rows_of", "sample"]
+__all__ = ["GREEDY", "Rows", "Sampling", "rows_of", "sample"]
 
 _EXCLUDED = -1e30
 
@@ -50,15 +50,18 @@ class Sampling:
                 raise GemmaryError(f"{name} is {value}; it must be {'from' if closed else 'above'} {least} to {most}")
 
 
+GREEDY = Sampling()
+
+
 class Rows(NamedTuple):
     """The settings of a batch, as arrays."""
 
-    temperature: Float[Array, B]
-    top_k: Int[Array, B]
-    top_p: Float[Array, B]
-    min_p: Float[Array, B]
-    repetition_penalty: Float[Array, B]
-    seed: Int[Array, B]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+    seed: Int[Array, " B"]
 
 
 def rows_of(settings: Sequence[Sampling]) -> Rows:
@@ -78,7 +81,7 @@ def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _threshold(keys: Int[Array, "B V"], amount: Float[Array, "B V"], enough: Float[Array, B]) -> Int[Array, B]:
+def _threshold(keys: Int[Array, "B V"], amount: Float[Array, "B V"], enough: Float[Array, " B"]) -> Int[Array, " B"]:
     """The largest key such that what is at or above it amounts to enough."""
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -87,9 +90,10 @@ def _threshold(keys: Int[Array, "B V"], amount: Float[Array, "B V"], enough: Flo
         holds = jnp.where(keys >= middle[:, None], amount, 0).sum(axis=1) >= enough
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
-    ends = jnp.iinfo(jnp.int32)
+    ends = np.iinfo(np.int32)
     start = (jnp.full(keys.shape[0], ends.min), jnp.full(keys.shape[0], ends.max))
-    return jax.lax.fori_loop(0, 32, halve, start)[0]
+    found: Array = jax.lax.fori_loop(0, 32, halve, start)[0]
+    return found
 
 
 def _filtered(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
@@ -113,7 +117,7 @@ def _filtered(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
     return jnp.where(x >= floor[:, None], x, _EXCLUDED)
 
 
-def _pick(x: Float[Array, "B V"], u: Float[Array, B]) -> Int[Array, B]:
+def _pick(x: Float[Array, "B V"], u: Float[Array, " B"]) -> Int[Array, " B"]:
     """The token at which the cumulative probability passes u: blocks first, then within one, so that sums stay short."""
     width = 512
     p = jnp.exp(x - x.max(axis=1, keepdims=True))
@@ -123,7 +127,7 @@ def _pick(x: Float[Array, "B V"], u: Float[Array, B]) -> Int[Array, B]:
     return block * width + _passing(inside, rest)[0]
 
 
-def _passing(mass: Float[Array, "B M"], u: Float[Array, B]) -> tuple[Int[Array, B], Float[Array, B]]:
+def _passing(mass: Float[Array, "B M"], u: Float[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Where the cumulative mass passes the share u of it, and which share of that entry u then stands for."""
     total = jnp.cumsum(mass, axis=1)
     # Kept just under one: some token must pass even where rounding shortens the sum.
@@ -138,9 +142,9 @@ def sample(
     logits: Float[Array, "B V"],
     rows: Rows,
     seen: Bool[Array, "B V"],
-    position: Int[Array, B],
+    position: Int[Array, " B"],
     num_tokens: int,
-) -> tuple[Int[Array, B], Float[Array, "B V"]]:
+) -> tuple[Int[Array, " B"], Float[Array, "B V"]]:
     """The next token of each row and the log-probabilities it was drawn from: the model's own, before any filter.
 
     Ids at and past `num_tokens` are padding and never drawn. `seen` marks what the repetition penalty (Keskar et al.,

@@ -27,6 +27,10 @@ _BLOCK_KEYS = 1024
 _DIRECT_SCORES = _BLOCK_QUERIES * _BLOCK_KEYS
 
 
+# Of a row of queries: the highest score so far, the sum of exponentials below it, the values mixed by these.
+_Running = tuple[Array, Array, Array]
+
+
 class Marks(NamedTuple):
     """What a token's place says: its position in its own document (-1: none) and which document it belongs to."""
 
@@ -117,11 +121,11 @@ def attend_in_blocks(
 
     @jax.checkpoint
     def one_block(q: Array, query: Marks) -> Array:
-        def add(state: tuple[Array, ...], at: tuple[Array, Array, Marks]) -> tuple[tuple[Array, ...], None]:
+        def add(state: _Running, at: tuple[Array, Array, Marks]) -> tuple[_Running, None]:
             seen = visible(query, at[2], window)
             return jax.lax.cond(seen.any(), _accumulate, lambda state, *_: state, state, q, *at[:2], seen), None
 
-        def _accumulate(state: tuple[Array, ...], q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, ...]:
+        def _accumulate(state: _Running, q: Array, k: Array, v: Array, seen: Array) -> _Running:
             peak, total, mixed = state
             scores = _scores(q, k, seen, softcap)
             new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))

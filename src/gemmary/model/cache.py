@@ -51,7 +51,7 @@ def init_cache(config: Config, batch: int, length: int, chunk: int, dtype: Any) 
 def cache_bytes(config: Config, batch: int, length: int, chunk: int, dtype: Any) -> int:
     """What `init_cache` would allocate, in bytes."""
     row = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize + 4
-    return batch * row * sum(_slots(config, length, min(chunk, length)))
+    return int(batch * row * sum(_slots(config, length, min(chunk, length))))
 
 
 def write(

@@ -44,7 +44,7 @@ def _kinds(config: Config) -> list[_Kind]:
     ]
 
 
-def rms_norm(x: Float[Array, "... D"], w: Float[Array, D], eps: float) -> Float[Array, "... D"]:
+def rms_norm(x: Float[Array, "... D"], w: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """x over its root mean square, times 1 + w: all in fp32, cast last."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
