@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemmary.errors import GemmaryError
@@ -47,8 +48,8 @@ class Int8:
     `values` int8 has the weight's shape; `scale` float32 the same with the axes that a product sums over kept at 1.
     """
 
-    values: Array
-    scale: Array
+    values: Array | np.ndarray
+    scale: Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +61,8 @@ class Int4:
     j in its low nibble and value j + 16 in its high one. `scale` float16 has `axis` divided by 32.
     """
 
-    packed: Array
-    scale: Array
+    packed: Array | np.ndarray
+    scale: Array | np.ndarray
     axis: int = field(metadata={"static": True})
 
 
@@ -74,13 +75,14 @@ class LoRA:
     `base` is any other weight.
     """
 
-    base: Array | Int8 | Int4
-    a: Array
-    b: Array
+    base: Array | np.ndarray | Int8 | Int4
+    a: Array | np.ndarray
+    b: Array | np.ndarray
     scale: float = field(metadata={"static": True})
 
 
-Weight = Array | Int8 | Int4 | LoRA
+Weight = Array | np.ndarray | Int8 | Int4 | LoRA
+"""A weight of one row: on the device, or (as a checkpoint gives it) on the host."""
 
 
 def project(equation: str, x: Float[Array, ...], w: Weight, *, dtype: Any = None) -> Float[Array, ...]:
@@ -105,7 +107,7 @@ def project(equation: str, x: Float[Array, ...], w: Weight, *, dtype: Any = None
     return _contract(equation, x, w, dtype)
 
 
-def _contract(equation: str, x: Array, w: Array, dtype: Any) -> Array:
+def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Array:
     """The product itself, in plain XLA. A CPU kernel for narrow weights is called from here and nowhere else.
 
     The axes summed over lead or trail in every weight, so each product is one of two matrices: on a CPU XLA is six times
@@ -141,10 +143,10 @@ def lookup(ids: Int[Array, ...], w: Weight, dtype: Any) -> Float[Array, "... D"]
         return (w.values[ids].astype(jnp.float32) * w.scale[ids]).astype(dtype)
     if isinstance(w, Int4):
         return dequantize(Int4(w.packed[ids], w.scale[ids], w.axis), dtype)
-    return w[ids].astype(dtype)
+    return jnp.asarray(w)[ids].astype(dtype)
 
 
-def dequantize(w: Array | Int8 | Int4, dtype: Any = jnp.float32) -> Float[Array, ...]:
+def dequantize(w: Array | np.ndarray | Int8 | Int4, dtype: Any = jnp.float32) -> Float[Array, ...]:
     """The array that a weight stands for (for a LoRA, see `merge`)."""
     if isinstance(w, Int8):
         return (w.values.astype(jnp.float32) * w.scale).astype(dtype)
@@ -155,7 +157,7 @@ def dequantize(w: Array | Int8 | Int4, dtype: Any = jnp.float32) -> Float[Array,
         scale = jnp.moveaxis(w.scale, w.axis, -1)[..., None].astype(jnp.float32)
         values = (nibbles * scale).reshape(*nibbles.shape[:-2], -1)
         return jnp.moveaxis(values, -1, w.axis).astype(dtype)
-    return w.astype(dtype)
+    return jnp.asarray(w, dtype)
 
 
 def quantize_weight(name: str, w: Array, bits: int) -> Int8 | Int4:

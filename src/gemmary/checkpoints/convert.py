@@ -173,10 +173,9 @@ def _to_native(reader: _Reader, stage: Path, _: str | None) -> None:
 def _to_huggingface(reader: _Reader, stage: Path, _: str | None) -> None:
     rows = _rows("hf", reader.config)
     plan = [(row.at(i), stored_shape(row, reader.config), reader.dtype(row, i)) for row, i in rows]
-    writer = SafetensorsWriter(stage, plan)
-    for row, i in rows:
-        writer.write(row.at(i), reader.joined(row, i))
-    writer.close()
+    with SafetensorsWriter(stage, plan) as writer:
+        for row, i in rows:
+            writer.write(row.at(i), reader.joined(row, i))
     write_side_files(stage, reader.config, reader.dtype_name, reader.source.tokenizer())
 
 
@@ -186,10 +185,9 @@ def _to_gguf(reader: _Reader, stage: Path, gguf_type: str | None) -> None:
     rows = _rows("gguf", config)
     plan = [(row.at(i), stored_shape(row, config), "F32" if row.one_plus else matrix) for row, i in rows]
     fields = fields_for(config, reader.source.tokenizer(), reader.source, stage.stem)
-    writer = GGUFWriter(stage, fields, plan)
-    for row, i in rows:
-        writer.write(row.at(i), reader.joined(row, i))
-    writer.close()
+    with GGUFWriter(stage, fields, plan) as writer:
+        for row, i in rows:
+            writer.write(row.at(i), reader.joined(row, i))
 
 
 def _to_kaggle(reader: _Reader, stage: Path, _: str | None) -> None:

@@ -238,7 +238,7 @@ class GGUFReader:
 
 
 class GGUFWriter:
-    """Writes a GGUF of planned tensors, (name, shape, type), in any order; `close` checks that all came.
+    """Writes a GGUF of planned tensors, (name, shape, type), in any order, within a `with`; at its end all must have come.
 
     In `fields` a NumPy scalar or array says its own type; bool, str and lists of str are as GGUF has them.
     """
@@ -286,10 +286,12 @@ class GGUFWriter:
             piece = rows[start : start + step].astype(np.float32)
             self._file.write(quantize(piece, GGMLQuantizationType[kind]).reshape(-1).view(np.uint8).data)
 
-    def close(self) -> None:
-        """Finish. Raises GemmaryError where a planned tensor never came."""
+    def __enter__(self) -> GGUFWriter:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
         self._file.close()
-        if self._places:
+        if self._places and error is None:
             raise GemmaryError(
                 f"{len(self._places)} tensors were planned and not written: {next(iter(self._places))}, …"
             )

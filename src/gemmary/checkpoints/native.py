@@ -134,11 +134,11 @@ class NativeCheckpoint(Checkpoint):
         if path in entries:
             return read(path)
         if f"{path}/values" in entries:
-            return Int8(read(f"{path}/values"), read(f"{path}/scale"))  # type: ignore[arg-type]
+            return Int8(read(f"{path}/values"), read(f"{path}/scale"))
         if f"{path}/packed" in entries:
-            return Int4(read(f"{path}/packed"), read(f"{path}/scale"), _int4_axis(path))  # type: ignore[arg-type]
+            return Int4(read(f"{path}/packed"), read(f"{path}/scale"), _int4_axis(path))
         base, scale = self._leaf(name, f"{path}/base"), float(read(f"{path}/lora_scale"))
-        return LoRA(base, read(f"{path}/a"), read(f"{path}/b"), scale)  # type: ignore[arg-type]
+        return LoRA(base, read(f"{path}/a"), read(f"{path}/b"), scale)
 
     def dtype(self, name: str) -> str:
         key = _key(name, 0)

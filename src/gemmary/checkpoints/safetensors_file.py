@@ -142,7 +142,7 @@ def _index(path: Path) -> dict[str, str]:
 
 
 class SafetensorsWriter:
-    """Writes a planned set of tensors into a directory, in any order; `close` checks that all came.
+    """Writes a planned set of tensors into a directory, in any order, within a `with`; at its end all must have come.
 
     `plan` lists (name, shape, dtype). Above `shard_bytes` it is cut into shards with an index, as Hugging Face's are.
     """
@@ -206,11 +206,13 @@ class SafetensorsWriter:
         file.seek(entry.start)
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
-    def close(self) -> None:
-        """Finish. Raises GemmaryError where a planned tensor never came."""
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
         for file in self._files:
             file.close()
-        if self._places:
+        if self._places and error is None:
             raise GemmaryError(
                 f"{len(self._places)} tensors were planned and not written: {next(iter(self._places))}, …"
             )

@@ -22,7 +22,7 @@ def timescales(head_dim: int, base: float, factor: float = 1.0) -> np.ndarray:
 
 
 def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], timescale: Float[Array, " H2"]
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], timescale: Float[Array | np.ndarray, " H2"]
 ) -> Float[Array, "B T N H"]:
     """Turn each head's halves by position / timescale, in fp32."""
     angle = positions[:, :, None, None].astype(jnp.float32) / timescale
