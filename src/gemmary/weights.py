@@ -140,7 +140,7 @@ def lookup(ids: Int[Array, ...], w: Weight, dtype: Any) -> Float[Array, "... D"]
         update = jnp.einsum("r...,dr->...d", w.b[:, ids], w.a)
         return lookup(ids, w.base, dtype) + (w.scale * update).astype(dtype)
     if isinstance(w, Int8):
-        return (w.values[ids].astype(jnp.float32) * w.scale[ids]).astype(dtype)
+        return (jnp.asarray(w.values[ids], jnp.float32) * w.scale[ids]).astype(dtype)
     if isinstance(w, Int4):
         return dequantize(Int4(w.packed[ids], w.scale[ids], w.axis), dtype)
     return jnp.asarray(w)[ids].astype(dtype)
@@ -149,7 +149,7 @@ def lookup(ids: Int[Array, ...], w: Weight, dtype: Any) -> Float[Array, "... D"]
 def dequantize(w: Array | np.ndarray | Int8 | Int4, dtype: Any = jnp.float32) -> Float[Array, ...]:
     """The array that a weight stands for (for a LoRA, see `merge`)."""
     if isinstance(w, Int8):
-        return (w.values.astype(jnp.float32) * w.scale).astype(dtype)
+        return (jnp.asarray(w.values, jnp.float32) * w.scale).astype(dtype)
     if isinstance(w, Int4):
         packed = jnp.moveaxis(w.packed, w.axis, -1)
         packed = packed.reshape(*packed.shape[:-1], -1, INT4_GROUP // 2)

@@ -272,9 +272,10 @@ class GGUFWriter:
         """Put a tensor in its place, in its planned type. Raises GemmaryError where it was not planned, or came before."""
         if name not in self._places:
             raise GemmaryError(f"{name} was not planned, or was written already")
-        at, shape, kind = self._places.pop(name)
+        at, shape, kind = self._places[name]
         if array.shape != shape:
             raise GemmaryError(f"{name} has the shape {list(array.shape)}, planned as {list(shape)}")
+        del self._places[name]
         self._file.seek(self._data + at)
         if kind in _PLAIN:
             plain = np.ascontiguousarray(array.astype(_PLAIN[kind], copy=False))

@@ -200,9 +200,10 @@ class SafetensorsWriter:
         """Put a tensor in its place. Raises GemmaryError where it is not what was planned, or came before."""
         if name not in self._places:
             raise GemmaryError(f"{name} was not planned, or was written already")
-        file, entry = self._places.pop(name)
+        file, entry = self._places[name]
         if array.shape != entry.shape or array.dtype != entry.dtype:
             raise GemmaryError(f"{name} is {array.dtype} {array.shape}, planned as {entry.dtype} {entry.shape}")
+        del self._places[name]
         file.seek(entry.start)
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
