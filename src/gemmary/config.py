@@ -81,8 +81,9 @@ class Config:
                 raise GemmaryError(f"config: {name} is {value!r}; it must be a positive number")
         for name in ("attn_softcap", "final_softcap", "window"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise GemmaryError(f"config: {name} is {value!r}; it must be positive, or none")
+            kind = int if name == "window" else (int, float)
+            if value is not None and (not isinstance(value, kind) or not 0 < value < float("inf")):
+                raise GemmaryError(f"config: {name} is {value!r}; it must be a positive number, or none")
         if self.num_heads % self.num_kv_heads:
             raise GemmaryError(
                 f"config: {self.num_heads} query heads do not divide over {self.num_kv_heads} key/value heads"
