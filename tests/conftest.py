@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import tempfile
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -23,6 +24,7 @@ from gemmary.gemma import Gemma, load
 from gemmary.text import Tokenizer
 
 jax.config.update("jax_platforms", "cpu")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # what the command line keeps between runs
 
 # Names of pieces that a real vocabulary has first.
 GEMMA1_MARKS = [

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
+import jax
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -40,6 +40,9 @@ app = typer.Typer(
 )
 _err = Console(stderr=True)
 _TABLE_WIDTH = 120  # so that names stay whole where output is piped; a narrower terminal wraps the lines
+
+# typer has a click of its own in newer releases: this is the base of whichever errors it raises.
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 Model = Annotated[str, typer.Argument(help="A directory, a file, 'sample', or with --hub a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -126,8 +129,10 @@ def generate_(
     if as_json:
         print(json.dumps(gemma.generate(text, top_logprobs=logprobs, **options).to_json()))
         return
-    print(text, end="", flush=True)
-    for piece in gemma.stream(text, **options):
+    pieces = gemma.stream(text, **options)
+    first = next(pieces)  # a mistake shows before anything is printed
+    print(text, first.text, sep="", end="", flush=True)
+    for piece in pieces:
         print(piece.text, end="", flush=True)
     print()
 
@@ -158,8 +163,16 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def _load(model: str, dtype: str | None, hub: bool) -> Gemma:
+    _keep_compiled()
     with _progress(f"loading {model}") as progress:
         return load(model, dtype=dtype, hub=hub, on_progress=progress)
+
+
+def _keep_compiled() -> None:
+    """Compiled programs are kept between runs, where JAX_COMPILATION_CACHE_DIR says or in the user's cache."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "gemmary" / "xla"))
 
 
 @contextmanager
@@ -205,9 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments, standalone_mode=False)
     except GemmaryError as error:
         _fail(str(error))
-    except click.exceptions.Abort:
+    except typer.Abort:
         sys.exit(130)
-    except click.ClickException as error:
+    except _UsageError as error:
         _fail(error.format_message())
     except KeyboardInterrupt:
         sys.exit(130)

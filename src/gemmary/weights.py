@@ -34,6 +34,7 @@ __all__ = [
     "merge",
     "project",
     "quantize",
+    "quantize_weight",
 ]
 
 INT4_GROUP = 32

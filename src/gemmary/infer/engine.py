@@ -87,7 +87,7 @@ class Engine:
             ids, chosen, top_ids, top = (np.asarray(part) for part in state[:4])
             step = []
             for row in np.flatnonzero(alive).tolist():
-                finish = self._finish(int(ids[row]), int(position[row]) + 1 >= room[row], stop_ids)
+                finish = self._finish(int(ids[row]), int(position[row]) + 1 >= int(room[row]), stop_ids)
                 best = tuple(zip(top_ids[row].tolist(), top[row].tolist(), strict=True))
                 step.append(Token(row, int(ids[row]), float(chosen[row]), best, finish))
                 alive[row] = finish is None

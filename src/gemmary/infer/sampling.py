@@ -84,7 +84,7 @@ def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
 def _threshold(keys: Int[Array, "B V"], amount: Float[Array, "B V"], enough: Float[Array, " B"]) -> Int[Array, " B"]:
     """The largest key such that what is at or above it amounts to enough."""
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # low holds enough, high does not
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         holds = jnp.where(keys >= middle[:, None], amount, 0).sum(axis=1) >= enough

@@ -1,0 +1,126 @@
+"""What holds the house up: imports run downward, every module says what it gives, and no code comes from data."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import gemmary
+
+SOURCE = Path(gemmary.__file__).parent
+# From the ground up; a room's own files are ordered below.
+FLOORS = [
+    ["errors"],
+    ["config", "presets"],
+    ["mesh", "params", "weights"],
+    ["model", "text"],
+    ["checkpoints"],
+    ["infer"],
+    ["gemma", "inspect", "chat"],
+    ["cli"],
+]
+ROOMS = {
+    "model": ["rope", "attention", "cache", "transformer"],
+    "text": ["vocabulary", "writers", "tokenizer", "dialogue"],
+    "checkpoints": [
+        "names", "checkpoint", "safetensors_file", "gguf_file", "torch_file", "orbax_file", "native", "huggingface", "gguf",
+        "google", "convert", "open",
+    ],
+    "infer": ["sampling", "engine"],
+}  # fmt: skip
+# Doors of the package and of its rooms: they gather names and have no place of their own.
+GATHERING = {"gemmary", "gemmary.model", "gemmary.text", "gemmary.checkpoints", "gemmary.infer"}
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def _place(module: str) -> tuple[int, int, int]:
+    """(floor, room's place on it, file's place in the room)."""
+    _, room, *rest = module.split(".")
+    floor = next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+    return floor, FLOORS[floor].index(room), ROOMS[room].index(rest[0]) if rest else len(ROOMS.get(room, ()))
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gemmary":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "gemmary"}
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - GATHERING))
+def test_imports_run_downward(module: str) -> None:
+    for other in _imports(MODULES[module]):
+        if other == "gemmary":
+            assert module == "gemmary.cli"
+            continue
+        assert _place(other) < _place(module), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_module_says_what_it_gives(module: str) -> None:
+    loaded = importlib.import_module(module)
+    assert loaded.__doc__
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    if module in GATHERING:
+        public = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert set(getattr(loaded, "__all__", ())) - {"__version__"} == public
+        return
+    defined = {node.name: node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")}
+    assert set(defined) <= {*loaded.__all__, *_verbs(tree)}, module
+    for name in loaded.__all__:
+        assert hasattr(loaded, name)
+    for name, node in defined.items():
+        assert ast.get_docstring(node), f"{module}.{name} has no docstring"
+
+
+def _verbs(tree: ast.Module) -> set[str]:
+    """Functions that a decorator registers: the door's."""
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list}
+
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "subprocess", "torch"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "Popen", "import_module"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_code_comes_from_data(module: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & FORBIDDEN_MODULES
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in FORBIDDEN_MODULES
+        elif isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            regex = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "re"
+            assert name not in FORBIDDEN_CALLS or regex, f"{module} calls {name}"
+            said = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+            assert not said.get("trust_remote_code")
+            assert not said.get("allow_pickle")
+            assert not said.get("shell")
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_files_and_functions_stay_small(module: str) -> None:
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 320
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno <= 60, node.name
