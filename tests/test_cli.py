@@ -115,7 +115,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("convert", "SMALL", "OUT", "--to", "hf", "--dtype", "float16"), "there is no dtype 'float16'"),
     (("convert", "SMALL", "SMALL", "--to", "hf"), "exists already"),
     (("quantize", "SMALL", "OUT", "--bits", "5"), "8 or 4 bits, not 5"),
-    (("quantize", "SMALL", "OUT", "--bits", "x"), "not a valid int"),
+    (("quantize", "SMALL", "OUT", "--bits", "x"), "Invalid value for '--bits'"),
     (("generate", "nano", "x"), "there is no model at nano"),
     (("generate", "SMALL", "x", "--temperature", "-1"), "temperature is -1.0"),
     (("generate", "SMALL", "x", "--top-p", "2"), "top_p is 2.0"),

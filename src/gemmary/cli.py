@@ -170,7 +170,7 @@ def _load(model: str, dtype: str | None, hub: bool) -> Gemma:
 
 def _keep_compiled() -> None:
     """Compiled programs are kept between runs, where JAX_COMPILATION_CACHE_DIR says or in the user's cache."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "gemmary" / "xla"))
 
