@@ -93,18 +93,18 @@ def main() -> None:
         directory = Path(name)
         gguf = whole_gguf(directory)
         windows = windows_of(gemma, texts(documents / "books.jsonl.gz", 3), 2000, WINDOW)
-        task = {"gguf": gguf, "what": "logits", "windows": windows}
+        task = {"model": gguf, "what": "logits", "windows": windows}
         theirs = np.load(ask(arguments.peers, "transformers", task, directory, "logits.npy"), mmap_mode="r")
         worst = logit_difference(gemma, theirs, windows)
         prompts = [gemma.prompt_ids(text) for text in PROMPTS]
-        task = {"gguf": gguf, "what": "greedy", "prompts": prompts, "count": 64}
+        task = {"model": gguf, "what": "greedy", "prompts": prompts, "count": 64}
         answers = json.loads(ask(arguments.peers, "transformers", task, directory, "greedy.json").read_text())
         ours = [
             [step[0].id for step in gemma.engine.generate([ids], max_new_tokens=64)] for ids in track(prompts, "greedy")
         ]
         same = sum(a == b for a, b in zip(ours, answers["result"], strict=True))
         windows = windows_of(gemma, texts(documents / "web.jsonl.gz", 300), 20_000, WINDOW)
-        task = {"gguf": gguf, "what": "nll", "windows": windows}
+        task = {"model": gguf, "what": "nll", "windows": windows}
         llama = json.loads(ask(arguments.peers, "llama", task, directory, "nll.json").read_text())
         nats = -np.concatenate([gemma.engine.log_probs(ids) for ids in track(windows, "likelihood")])
     off = float(nats.mean() / np.mean(llama["result"]) - 1)

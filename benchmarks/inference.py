@@ -85,7 +85,7 @@ def main() -> None:
     results: dict[str, Any] = {"gemmary, float32": mine}
     if arguments.peers:
         with tempfile.TemporaryDirectory() as name:
-            task = {"gguf": whole_gguf(Path(name)), "what": "speed", "prompt": prompt, "count": arguments.new}
+            task = {"model": whole_gguf(Path(name)), "what": "speed", "prompt": prompt, "count": arguments.new}
             task["repeats"] = arguments.repeats
             for peer in ("transformers", "llama"):
                 answer = json.loads(ask(arguments.peers, peer, task, Path(name), f"{peer}.json").read_text())

@@ -2,7 +2,8 @@
 
     PEERS/bin/python benchmarks/peers.py PEER TASK OUT
 
-PEER is transformers or llama; TASK a JSON file of {"gguf": path, "what": …} with what that needs; OUT is written.
+PEER is transformers or llama; TASK a JSON file of {"model": path, "what": …} with what that needs; OUT is written.
+The model is a GGUF, or for transformers also a Hugging Face directory.
 `greedy`: prompts as ids -> ids. `nll`: windows of ids -> nats per token, each window alone. `logits`: windows of ids ->
 an .npy of them all, transformers only. `speed`: seconds of prefill and per decoded token, medians.
 transformers runs in float32 on the dequantized weights, llama.cpp on the file's own types; both with two threads.
@@ -25,15 +26,16 @@ THREADS = 2
 class Transformers:
     """The model in transformers, float32."""
 
-    def __init__(self, gguf: str) -> None:
+    def __init__(self, model: str) -> None:
         import torch
         import transformers
 
         torch.set_num_threads(THREADS)
         self.torch = torch
-        path = Path(gguf)
+        path = Path(model)
+        where = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+            where[0], **where[1], dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}"
 
@@ -74,11 +76,11 @@ class Transformers:
 class LlamaCpp:
     """The model in llama.cpp."""
 
-    def __init__(self, gguf: str, all_logits: bool = True) -> None:
+    def __init__(self, model: str, all_logits: bool = True) -> None:
         import llama_cpp
 
         self.model = llama_cpp.Llama(
-            gguf,
+            model,
             n_ctx=2048,
             n_batch=512,
             n_threads=THREADS,
@@ -131,8 +133,8 @@ def _nats(logits: np.ndarray, ids: list[int]) -> list[float]:
 def main() -> None:
     """Do one task."""
     peer, task, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-    gguf = task["gguf"]
-    runner: Any = Transformers(gguf) if peer == "transformers" else LlamaCpp(gguf, task["what"] != "speed")
+    model = task["model"]
+    runner: Any = Transformers(model) if peer == "transformers" else LlamaCpp(model, task["what"] != "speed")
     if task["what"] == "logits":
         windows = [runner.logits(ids) for ids in task["windows"]]
         np.save(out, np.concatenate(windows))
