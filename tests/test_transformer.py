@@ -101,7 +101,7 @@ def test_decoding_through_a_cache_equals_the_full_pass(kind: str) -> None:
 def test_a_windowed_layer_keeps_a_ring_and_not_the_context() -> None:
     config = small("gemma2")[2]
     slots = [layer.k.shape[2] for layer in init_cache(config, 1, 1000, 4, jnp.float32)]
-    assert slots == [WINDOW + 4, 1001, WINDOW + 4, 1001]  # one is spare
+    assert slots == [WINDOW + 4 - 1, 1000, WINDOW + 4 - 1, 1000]
 
 
 def test_padding_is_not_written_and_sees_nothing() -> None:

@@ -10,6 +10,7 @@ Letters in the equations are the house's legend (see `gemmary.__doc__`).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,13 +127,29 @@ def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Arr
     compute = x.dtype
     if jax.default_backend() == "cpu" and compute == jnp.bfloat16:
         compute = jnp.dtype(jnp.float32)
-    product = jax.lax.dot_general(
-        x.reshape(-1, size).astype(compute),
-        w.reshape((size, -1) if leads else (-1, size)).astype(compute),
-        (((1,), (0 if leads else 1,)), ((), ())),
-        preferred_element_type=jnp.promote_types(dtype, compute),
-    )
+    x, w = x.reshape(-1, size).astype(compute), w.reshape((size, -1) if leads else (-1, size)).astype(compute)
+    wide = jnp.promote_types(dtype, compute)
+    product = _one_row(x, w, leads, wide) if len(x) == 1 else None
+    if product is None:
+        axes = (((1,), (0 if leads else 1,)), ((), ()))
+        product = jax.lax.dot_general(x, w, axes, preferred_element_type=wide)
     return product.reshape(*rows, *kept).astype(dtype)
+
+
+def _one_row(x: Array, w: Array | np.ndarray, leads: bool, dtype: Any) -> Array | None:
+    """The product of one row, cut in as many parts as there are cores; None where it cannot be, or need not.
+
+    XLA multiplies a single row by a matrix of a few MB on one core of a CPU, but the members of a batch side by side. So the
+    matrix is cut along its first axis (no byte moves): into outputs that stand one after the other, or into sums to add.
+    """
+    parts = math.gcd(os.cpu_count() or 1, w.shape[0])
+    if jax.default_backend() != "cpu" or parts == 1:
+        return None
+    w = w.reshape(parts, -1, w.shape[1])
+    x = x.reshape(parts, 1, -1) if leads else jnp.broadcast_to(x, (parts, *x.shape))
+    axes = (((2,), (1 if leads else 2,)), ((0,), (0,)))
+    product = jax.lax.dot_general(x, w, axes, preferred_element_type=dtype)
+    return product.sum(axis=0) if leads else product.reshape(1, -1)
 
 
 def lookup(ids: Int[Array, ...], w: Weight, dtype: Any) -> Float[Array, "... D"]:

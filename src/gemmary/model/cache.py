@@ -2,8 +2,7 @@
 
 A layer that sees everything has a slot per position. A sliding-window layer has a ring of window + chunk - 1 slots: enough
 that a chunk can be written first and read after, since no key that the chunk's first query sees is overwritten by its
-last token. Masks follow from the positions in the slots, so nothing else needs to know that the ring wraps. Beyond the
-last slot there is a spare one, always empty, which takes what padding writes.
+last token. Masks follow from the positions in the slots, so nothing else needs to know that the ring wraps.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ def init_cache(config: Config, batch: int, length: int, chunk: int, dtype: Any) 
     chunk = min(chunk, length)
 
     def layer(slots: int) -> LayerCache:
-        shape = (batch, config.num_kv_heads, slots + 1, config.head_dim)
-        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, slots + 1), -1, jnp.int32))
+        shape = (batch, config.num_kv_heads, slots, config.head_dim)
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, slots), -1, jnp.int32))
 
     return tuple(layer(slots) for slots in _slots(config, length, chunk))
 
@@ -52,36 +51,26 @@ def init_cache(config: Config, batch: int, length: int, chunk: int, dtype: Any) 
 def cache_bytes(config: Config, batch: int, length: int, chunk: int, dtype: Any) -> int:
     """What `init_cache` would allocate, in bytes."""
     row = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize + 4
-    return int(batch * row * sum(n + 1 for n in _slots(config, length, min(chunk, length))))
+    return int(batch * row * sum(_slots(config, length, min(chunk, length))))
 
 
 def write(
     cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
 ) -> LayerCache:
-    """The cache with T new tokens in it; those at position -1 are padding, and go to the spare slot."""
-    spare = cache.positions.shape[1] - 1
-    slot = jnp.where(positions >= 0, positions % spare, spare)
-    k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
-    if positions.shape[1] > 1:
-        row = jnp.arange(positions.shape[0])[:, None]
-        return LayerCache(
-            cache.k.at[row, :, slot].set(k),
-            cache.v.at[row, :, slot].set(v),
-            cache.positions.at[row, slot].set(positions),
-        )
+    """The cache with T new tokens in it: in each row consecutive positions, then padding at -1, which is not written.
 
-    # One token: row by row, since XLA turns a scatter of one into three copies of the whole cache on a CPU.
-    def write_row(b: int | Array, cache: LayerCache) -> LayerCache:
-        def put(into: Array, new: Array, *at: int | Array) -> Array:
-            return jax.lax.dynamic_update_slice(into, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, *at))
+    Each slot asks which token it gets, rather than each token where it goes: XLA's scatter is a serial loop on a CPU and
+    copies the whole cache three times around it, while this is one pass in place.
+    """
+    slots, T = cache.positions.shape[1], positions.shape[1]
+    token = (jnp.arange(slots) - positions[:, :1] % slots) % slots  # [B, S]; those past the chunk get none
+    new = jnp.take_along_axis(positions, jnp.minimum(token, T - 1), axis=1)
+    written = (token < T) & (new >= 0)
+    at = jnp.minimum(token, T - 1)[:, None, :, None]
 
-        at = slot[b, 0]
-        return LayerCache(
-            put(cache.k, k.swapaxes(1, 2), 0, at, 0),
-            put(cache.v, v.swapaxes(1, 2), 0, at, 0),
-            put(cache.positions, positions, at),
-        )
+    def put(into: Array, values: Array) -> Array:
+        values = values.swapaxes(1, 2).astype(into.dtype)
+        moved = values if T == 1 else jnp.take_along_axis(values, at, axis=2)
+        return jnp.where(written[:, None, :, None], moved, into)
 
-    rows = positions.shape[0]
-    written: LayerCache = write_row(0, cache) if rows == 1 else jax.lax.fori_loop(0, rows, write_row, cache)
-    return written
+    return LayerCache(put(cache.k, k), put(cache.v, v), jnp.where(written, new, cache.positions))
