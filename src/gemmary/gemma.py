@@ -29,7 +29,7 @@ __all__ = ["Completion", "Gemma", "Piece", "Timing", "load"]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds and token counts of one answer. `prefill_seconds` runs to the first token, compilation included."""
+    """Seconds and token counts of one answer. `prefill_seconds` runs to the first token; both include compiling new shapes."""
 
     prompt_tokens: int
     new_tokens: int
