@@ -1,5 +1,7 @@
 """The transformer against the float64 oracle, and its paths against one another (the numerics contract)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,10 @@ from models import run, small, step, tokens
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.model import attention
-from gemmary.model.attention import Marks, attend, attend_directly, attend_in_blocks
+from gemmary.model.attention import Marks, attend, attend_among, attend_directly, attend_in_blocks
 from gemmary.model.cache import init_cache
-from gemmary.model.rope import rotate, timescales
-from gemmary.model.transformer import embed, forward, hidden, rms_norm
+from gemmary.model.rope import rotate, timescales, turn
+from gemmary.model.transformer import Remat, embed, forward, hidden, rms_norm
 from gemmary.params import Params, abstract, init, stack
 from gemmary.presets import PRESETS
 
@@ -130,9 +132,14 @@ def test_attention_paths_agree(window: int | None, softcap: float | None, segmen
             q, k, v, marks, marks, window=window, softcap=softcap, block_queries=sizes[0], block_keys=sizes[1]
         )
         np.testing.assert_allclose(blocks, direct, atol=2e-6)
+    for block in (1, 16, 64):
+        flat = q.transpose(0, 3, 1, 2, 4).reshape(2, length, 6, 10)
+        among = attend_among(flat, k, v, marks, window=window, softcap=softcap, block=block)
+        among = among.reshape(2, length, 2, 3, 10).transpose(0, 2, 3, 1, 4)
+        np.testing.assert_allclose(among, direct, atol=2e-6)
 
 
-def test_attention_in_blocks_has_the_same_gradient() -> None:
+def test_every_path_of_attention_has_the_same_gradient() -> None:
     length = 41
     keys = jax.random.split(jax.random.key(1), 3)
     q = jax.random.normal(keys[0], (1, 1, 3, length, 6))
@@ -145,8 +152,12 @@ def test_attention_in_blocks_has_the_same_gradient() -> None:
 
         return jax.grad(of, argnums=(0, 1, 2))(q, k, v)
 
-    direct, blocks = loss(attend_directly), loss(attend_in_blocks, block_queries=8, block_keys=16)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), direct, blocks)
+    def among(q: jax.Array, k: jax.Array, v: jax.Array, query: Marks, _: Marks, **how: Any) -> jax.Array:
+        return attend_among(q[:, 0].swapaxes(1, 2), k, v, query, block=8, **how).swapaxes(1, 2)[:, None]
+
+    direct = loss(attend_directly)
+    for other in (loss(attend_in_blocks, block_queries=8, block_keys=16), loss(among)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), direct, other)
 
 
 def test_query_heads_read_the_kv_head_of_their_group() -> None:
@@ -169,7 +180,7 @@ def test_a_row_that_sees_nothing_is_no_nan() -> None:
 @pytest.mark.parametrize(("base", "factor"), [(1e4, 1.0), (1e6, 8.0)])
 def test_rope_at_far_positions(position: int, base: float, factor: float) -> None:
     x = jax.random.normal(jax.random.key(0), (1, 1, 1, 256))
-    ours = rotate(x, jnp.asarray([[position]]), timescales(256, base, factor))
+    ours = rotate(x, turn(jnp.asarray([[position]]), timescales(256, base, factor)))
     reference = oracle.turn(np.asarray(x[0], np.float64), np.array([position]), base, factor)
     # An fp32 angle near 131071 is good to 2^-8: that is the format's limit, and the same in every implementation.
     np.testing.assert_allclose(ours[0], reference, atol=1e-6 + position * 2.0**-23)
@@ -177,7 +188,7 @@ def test_rope_at_far_positions(position: int, base: float, factor: float) -> Non
 
 def test_bf16_rope_tells_neighbouring_far_positions_apart() -> None:
     x = jnp.ones((1, 2, 1, 256), jnp.bfloat16)
-    out = rotate(x, jnp.asarray([[8190, 8191]]), timescales(256, 1e4))
+    out = rotate(x, turn(jnp.asarray([[8190, 8191]]), timescales(256, 1e4)))
     assert not np.array_equal(out[0, 0], out[0, 1])
 
 
@@ -223,6 +234,24 @@ def test_short_prompts_take_the_direct_path_and_long_ones_do_not(monkeypatch: py
         marks = Marks(jnp.arange(length)[None])
         attend(q, k, k, marks, marks, window=None, softcap=None)
     assert taken == ["attend_directly", "attend_in_blocks"]
+
+
+@pytest.mark.parametrize("form", [stack, lambda params: params])
+def test_what_a_backward_pass_makes_again_changes_no_gradient(form: Any) -> None:
+    spec, _, config, params = small("gemma2")
+    ids = jnp.asarray(tokens(24, spec.vocab))[None]
+
+    def gradient(remat: Remat) -> Params:
+        def loss(params: Params) -> jax.Array:
+            return (hidden(params, config, ids, remat=remat)[0] ** 2).mean()
+
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss))(form(params)))
+        assert ("remat" in jaxpr or "checkpoint" in jaxpr) == (remat != "none")
+        return jax.jit(jax.grad(loss))(form(params))
+
+    kept = gradient("none")
+    for remat in ("dots", "layers"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, gradient(remat))
 
 
 def test_initial_activations_and_logits_are_near_one() -> None:

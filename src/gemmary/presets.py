@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
 
-__all__ = ["PRESETS", "Preset", "preset"]
+__all__ = ["PRESETS", "Preset", "nano", "preset"]
 
 _REPORT_1 = "Gemma technical report, arXiv 2403.08295, tables 1 and 2"
 _REPORT_2 = "Gemma 2 technical report, arXiv 2408.00118, tables 1 and 2"
@@ -102,19 +102,32 @@ def _gemma3(
     )
 
 
-_NANO = Config(
-    generation=1,
-    vocab_size=4096,
-    num_tokens=4096,
-    embed_dim=256,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=1,
-    head_dim=64,
-    ffw_dim=1024,
-    context=512,
-    query_scale=64**-0.5,
-)
+def nano(dial: int, vocab_size: int = 4096, generation: int = 1) -> Config:
+    """A small Gemma of our own: one dial from 1 to 32 gives its layers and heads, and 64 times it its width.
+
+    Generation 3 has that generation's norms (of queries and keys, and of each sub-layer's output).
+    """
+    if not 1 <= dial <= 32:
+        raise GemmaryError(f"the dial is {dial}; it goes from 1 to 32")
+    if generation not in (1, 3):
+        raise GemmaryError(f"there is no nano Gemma of generation {generation}: choose 1 or 3")
+    return Config(
+        generation=generation,
+        qk_norm=generation == 3,
+        post_norms=generation == 3,
+        vocab_size=vocab_size,
+        num_tokens=vocab_size,
+        embed_dim=64 * dial,
+        num_layers=dial,
+        num_heads=dial,
+        num_kv_heads=1,
+        head_dim=64,
+        ffw_dim=256 * dial,
+        context=512,
+        query_scale=64**-0.5,
+    )
+
+
 _OURS = "gemmary's own smallest shape: not a published model"
 
 PRESETS: dict[str, Preset] = {
@@ -137,7 +150,7 @@ PRESETS: dict[str, Preset] = {
     "gemma3-27b": Preset(
         _gemma3(62, 5376, 32, 16, 21504, head=128, scale=168), 1_416_000_000, 25_600_000_000, False, _REPORT_3
     ),
-    "nano": Preset(_NANO, None, None, True, _OURS),
+    "nano": Preset(nano(4), None, None, True, _OURS),
 }
 
 

@@ -3,9 +3,9 @@
 What a query sees follows from positions alone, so one rule serves training, packed documents, prefill in chunks and a
 ring cache that has wrapped. A key slot with position -1 is empty; a query with position -1 is padding, and sees nothing.
 
-Two paths, equal in value: `attend_directly` makes all scores at once; `attend_in_blocks` keeps one block of them, with a
-running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867), and skips blocks in which nothing is visible.
-Softmax is fp32 in both.
+Three paths, equal in value: `attend_directly` makes all scores at once; `attend_among` those of tokens among themselves,
+a few queries at a time and only up to the diagonal; `attend_in_blocks` keeps one block of scores, with a running maximum
+and sum (Milakov and Gimelshein, arXiv 1805.02867), and skips blocks in which nothing is visible. Softmax is fp32 in all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["MASKED", "Marks", "attend", "attend_directly", "attend_in_blocks", "visible"]
+__all__ = ["MASKED", "Marks", "attend", "attend_among", "attend_directly", "attend_in_blocks", "visible"]
 
 MASKED = -1e30
 """The score of what may not be seen. Finite, so that a row that sees nothing is uniform and not NaN."""
@@ -25,6 +25,8 @@ _BLOCK_QUERIES = 512
 _BLOCK_KEYS = 1024
 # Up to this many scores per head are made directly: a decoding step at any context, or a short prompt.
 _DIRECT_SCORES = _BLOCK_QUERIES * _BLOCK_KEYS
+# Queries that stand together in `attend_among`: few enough to skip nearly half the scores, enough for a matrix product.
+_AMONG_QUERIES = 64
 
 
 # Of a row of queries: the highest score so far, the sum of exponentials below it, the values mixed by these.
@@ -60,13 +62,53 @@ def attend(
     softcap: float | None,
 ) -> Float[Array, "B T N H"]:
     """Attention of scaled, rotated queries. Query head n reads key/value head n // (N/K)."""
+    path = attend_directly if q.shape[1] * k.shape[2] <= _DIRECT_SCORES else attend_in_blocks
+    return _ungrouped(path(_grouped(q, k.shape[1]), k, v, query, key, window=window, softcap=softcap))
+
+
+def attend_among(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    marks: Marks,
+    *,
+    window: int | Array | None,
+    softcap: float | None,
+    block: int = _AMONG_QUERIES,
+) -> Float[Array, "B T N H"]:
+    """Attention of tokens among themselves, in the order of their documents: no token sees one that stands after it."""
+    T, K = q.shape[1], k.shape[1]
+    if T * T > _DIRECT_SCORES:
+        return attend(q, k, v, marks, marks, window=window, softcap=softcap)
+    ends = [min(end, T) for end in range(block, T + block, block)]
+    # Split, not sliced: the gradient of a split is one concatenation, that of slices a sum over the whole for each.
+    queries = jnp.split(_grouped(q, K), ends[:-1], axis=3)
+    mixed, mass = [], []
+    for part, end in zip(queries, ends, strict=True):
+        seen = visible(_slice(marks, end - part.shape[3], end), _slice(marks, 0, end), window)
+        scores = _scores(part, k[:, :, :end], seen, softcap)
+        p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        mixed.append(_mix(p, v[:, :, :end]))
+        mass.append(p.sum(axis=-1, keepdims=True))
+    # The sum divides the mixed values, of which there are fewer than scores.
+    out = jnp.concatenate(mixed, axis=3) / jnp.concatenate(mass, axis=3)
+    return _ungrouped(out.astype(q.dtype))
+
+
+def _slice(marks: Marks, start: int, end: int) -> Marks:
+    segments = None if marks.segments is None else marks.segments[:, start:end]
+    return Marks(marks.positions[:, start:end], segments)
+
+
+def _grouped(q: Float[Array, "B T N H"], heads: int) -> Float[Array, "B K G T H"]:
+    """Heads of a group one below the other, so that a product with the keys they share is one matrix product."""
     B, T, N, H = q.shape
-    K, S = k.shape[1:3]
-    # Heads of a group stand one below the other, so that a product with the keys they share is one matrix product.
-    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    path = attend_directly if T * S <= _DIRECT_SCORES else attend_in_blocks
-    out = path(grouped, k, v, query, key, window=window, softcap=softcap)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return q.reshape(B, T, heads, N // heads, H).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(out: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    B, K, G, T, H = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
 def _scores(q: Array, k: Array, seen: Array, softcap: float | None) -> Array:

@@ -5,11 +5,20 @@ Angles are computed in fp32 from integer positions: in bf16, positions 8190 and 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = ["rotate", "timescales"]
+__all__ = ["Turn", "rotate", "timescales", "turn"]
+
+
+class Turn(NamedTuple):
+    """How far each position is turned: cosine and sine of its H/2 angles, the same for every head."""
+
+    cos: Float[Array, "B T 1 H2"]
+    sin: Float[Array, "B T 1 H2"]
 
 
 def timescales(head_dim: int, base: float, factor: float = 1.0) -> np.ndarray:
@@ -21,12 +30,14 @@ def timescales(head_dim: int, base: float, factor: float = 1.0) -> np.ndarray:
     return (base**exponent * factor).astype(np.float32)
 
 
-def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], timescale: Float[Array | np.ndarray, " H2"]
-) -> Float[Array, "B T N H"]:
-    """Turn each head's halves by position / timescale, in fp32."""
+def turn(positions: Int[Array, "B T"], timescale: Float[Array | np.ndarray, " H2"]) -> Turn:
+    """The turn of each position: position / timescale, in fp32."""
     angle = positions[:, :, None, None].astype(jnp.float32) / timescale
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return Turn(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: Float[Array, "B T N H"], by: Turn) -> Float[Array, "B T N H"]:
+    """Turn each head's halves, in fp32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = jnp.concatenate([first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1)
     return turned.astype(x.dtype)

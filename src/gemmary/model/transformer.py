@@ -9,7 +9,9 @@ activations are; the embedding's factor is rounded to the activations' dtype fir
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +20,69 @@ from jaxtyping import Array, Float, Int
 
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
-from gemmary.model.attention import Marks, attend
+from gemmary.model.attention import Marks, attend, attend_among
 from gemmary.model.cache import Cache, LayerCache, write
-from gemmary.model.rope import rotate, timescales
+from gemmary.model.rope import Turn, rotate, timescales, turn
 from gemmary.params import TABLE, Params, is_stacked
 from gemmary.weights import lookup, project
 
-__all__ = ["block", "embed", "forward", "hidden", "logits", "rms_norm"]
+__all__ = ["Remat", "block", "embed", "forward", "hidden", "logits", "rms_norm"]
 
 # A window wider than any position: it lets a scan carry global layers in the same array as local ones.
 _NO_WINDOW = np.int32(2**30)
 
+# Tokens from which making their sines and cosines once is worth a loop.
+_MANY = 1024
+
+Remat = Literal["none", "dots", "layers"]
+_REMAT: dict[Remat, Callable[..., Any]] = {
+    "none": lambda layer: layer,
+    "dots": partial(
+        jax.checkpoint, static_argnums=(3,), policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "layers": partial(jax.checkpoint, static_argnums=(3,)),
+}
+
 
 class _Kind(NamedTuple):
-    """A layer's kind as arrays: how far it sees, and what positions are divided by."""
+    """What a layer's kind comes to for these tokens: how far it sees, and how their positions turn."""
 
-    window: Any
-    timescale: Any
+    window: int | Array | None
+    turn: Turn
 
 
-def _kinds(config: Config) -> list[_Kind]:
-    return [
-        _Kind(kind.window, timescales(config.head_dim, kind.rope_base, kind.rope_factor))
-        for kind in config.layer_kinds()
-    ]
+def _kinds(config: Config, positions: Array) -> list[_Kind]:
+    """The kind of each layer; layers of one rope share one turn.
+
+    The turns of many tokens are made in a loop, through which XLA does not fuse: on a CPU it would make sines and
+    cosines again for every layer's queries, keys and their gradients.
+    """
+    kinds = config.layer_kinds()
+
+    def of(base: float, factor: float) -> Turn:
+        scale = timescales(config.head_dim, base, factor)
+        if positions.size < _MANY:
+            return turn(positions, scale)
+        rows = jax.lax.map(lambda row: turn(row[None], scale), positions)
+        return Turn(rows.cos[:, 0], rows.sin[:, 0])
+
+    turns = {rope: of(*rope) for rope in dict.fromkeys((kind.rope_base, kind.rope_factor) for kind in kinds)}
+    return [_Kind(kind.window, turns[kind.rope_base, kind.rope_factor]) for kind in kinds]
+
+
+def _scan(
+    x: Float[Array, "B T D"], layers: Params, config: Config, marks: Marks, layer: Callable[..., Any]
+) -> Float[Array, "B T D"]:
+    """All layers, stacked. A layer's kind comes as data, so that one compiled body serves every kind."""
+    kinds = config.layer_kinds()
+    windows = np.array([_NO_WINDOW if kind.window is None else kind.window for kind in kinds], np.int32)
+    scales = np.stack([timescales(config.head_dim, kind.rope_base, kind.rope_factor) for kind in kinds])
+
+    def body(x: Array, at: tuple[Params, Any, Any]) -> tuple[Array, None]:
+        w, window, scale = at
+        return layer(x, w, _Kind(window, turn(marks.positions, scale)), config, marks)[0], None
+
+    return jax.lax.scan(body, x, (layers, windows, scales))[0]
 
 
 def rms_norm(x: Float[Array, "... D"], w: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
@@ -67,14 +108,14 @@ def _attention(
     if config.qk_norm:
         q = rms_norm(q, w["attn.q_norm"], config.norm_eps)
         k = rms_norm(k, w["attn.k_norm"], config.norm_eps)
-    q = rotate(q, marks.positions, kind.timescale) * jnp.asarray(config.query_scale, q.dtype)
-    k = rotate(k, marks.positions, kind.timescale)
+    q = rotate(q, kind.turn) * jnp.asarray(config.query_scale, q.dtype)
+    k = rotate(k, kind.turn)
+    limits: dict[str, Any] = {"window": kind.window, "softcap": config.attn_softcap}
     if cache is None:
-        keys, values, key_marks = k.swapaxes(1, 2), v.swapaxes(1, 2), marks
+        out = attend_among(q, k.swapaxes(1, 2), v.swapaxes(1, 2), marks, **limits)
     else:
         cache = write(cache, k, v, marks.positions)
-        keys, values, key_marks = cache.k, cache.v, Marks(cache.positions)
-    out = attend(q, keys, values, marks, key_marks, window=kind.window, softcap=config.attn_softcap)
+        out = attend(q, cache.k, cache.v, marks, Marks(cache.positions), **limits)
     return project("btnh,nhd->btd", out, w["attn.o"]), cache
 
 
@@ -106,32 +147,30 @@ def hidden(
     cache: Cache | None = None,
     *,
     dtype: Any = jnp.float32,
+    remat: Remat = "none",
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """The last layer's output, normed, and the cache with these tokens in it.
 
     `marks` gives each token's position (default: 0, 1, 2, …) and, for packed documents, its segment. With a cache,
-    layers must be unstacked and tokens at most its chunk. Raises GemmaryError for fp16 activations.
+    layers must be unstacked and tokens at most its chunk. `remat` says what a backward pass makes again instead of
+    keeping: nothing, all but the layers' matrix products ("dots"), or whole layers ("layers"). Raises GemmaryError for
+    fp16 activations.
     """
     if marks is None:
         marks = Marks(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
     x = embed(params, config, tokens, dtype)
-    layered = {name: weight for name, weight in params.items() if TABLE[name].layered}
-    kinds = _kinds(config)
-    if not is_stacked(params):
-        written = []
-        for i, kind in enumerate(kinds):
-            w = {name: weight[i] for name, weight in layered.items()}
-            x, layer = block(x, w, kind, config, marks, cache[i] if cache is not None else None)
-            written.append(layer)
-        cache = tuple(written) if cache is not None else None  # type: ignore[arg-type]
-    else:
+    layers = {name: weight for name, weight in params.items() if TABLE[name].layered}
+    layer = _REMAT[remat](block)
+    if is_stacked(params):
         assert cache is None, "a cache needs unstacked layers"
-        stacked = _Kind(
-            np.array([_NO_WINDOW if kind.window is None else kind.window for kind in kinds], np.int32),
-            np.stack([kind.timescale for kind in kinds]),
-        )
-        x, _ = jax.lax.scan(lambda x, at: (block(x, at[0], at[1], config, marks)[0], None), x, (layered, stacked))
-    return rms_norm(x, params["final_norm"], config.norm_eps), cache
+        return rms_norm(_scan(x, layers, config, marks, layer), params["final_norm"], config.norm_eps), None
+    written = []
+    for i, kind in enumerate(_kinds(config, marks.positions)):
+        w = {name: weight[i] for name, weight in layers.items()}
+        x, new = layer(x, w, kind, config, marks, cache[i] if cache is not None else None)
+        written.append(new)
+    x = rms_norm(x, params["final_norm"], config.norm_eps)
+    return x, tuple(written) if cache is not None else None
 
 
 def logits(params: Params, config: Config, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
