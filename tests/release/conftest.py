@@ -18,6 +18,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--peers", metavar="PYTHON", help="the Python of an environment with transformers, torch and llama-cpp-python"
     )
+    parser.addoption(
+        "--data", type=Path, metavar="PATH", help="a folder with documents/ and hub/, as test_curation_release.py says"
+    )
+
+
+@pytest.fixture(scope="session")
+def data(request: pytest.FixtureRequest) -> Path:
+    """Real documents and evaluation sets."""
+    path: Path | None = request.config.getoption("--data")
+    if path is None or not (path / "documents").is_dir() or not (path / "hub").is_dir():
+        pytest.fail(f"give --data a folder with documents/ and hub/, not {path}")
+    return path
 
 
 @pytest.fixture(scope="session")
