@@ -17,22 +17,40 @@ FLOORS = [
     ["config", "presets"],
     ["mesh", "params", "weights"],
     ["model", "text"],
-    ["checkpoints"],
+    ["checkpoints", "data"],
     ["infer"],
+    ["train"],
     ["gemma", "inspect", "chat"],
+    ["recipe", "stages", "watch"],
     ["cli"],
 ]
 ROOMS = {
     "model": ["rope", "attention", "cache", "transformer"],
-    "text": ["vocabulary", "writers", "tokenizer", "dialogue"],
+    "text": ["vocabulary", "writers", "tokenizer", "dialogue", "training"],
     "checkpoints": [
-        "names", "checkpoint", "safetensors_file", "gguf_file", "torch_file", "orbax_file", "native", "huggingface", "gguf",
+        "names", "checkpoint", "manifest", "safetensors_file", "gguf_file", "torch_file", "orbax_file", "native", "huggingface", "gguf",
         "google", "convert", "open",
     ],
+    "data": [
+        "words", "language", "filters", "privacy", "readers", "arithmetic", "standard_library", "sources", "classifiers",
+        "decontamination", "duplicates", "recitation", "curation_settings", "curation_report", "curation_steps", "executors",
+        "curate", "tokens", "packing", "mixture", "batches",
+    ],
     "infer": ["sampling", "engine"],
+    "train": [
+        "memory", "flops", "losses", "optimizer", "step", "held_out", "journal", "saving", "loop", "pretrain",
+    ],
 }  # fmt: skip
 # Doors of the package and of its rooms: they gather names and have no place of their own.
-GATHERING = {"gemmary", "gemmary.model", "gemmary.text", "gemmary.checkpoints", "gemmary.infer"}
+GATHERING = {
+    "gemmary",
+    "gemmary.model",
+    "gemmary.text",
+    "gemmary.checkpoints",
+    "gemmary.infer",
+    "gemmary.data",
+    "gemmary.train",
+}
 
 
 def _modules() -> dict[str, Path]:
@@ -109,8 +127,8 @@ def test_no_code_comes_from_data(module: str) -> None:
             assert (node.module or "").split(".")[0] not in FORBIDDEN_MODULES
         elif isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            regex = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "re"
-            assert name not in FORBIDDEN_CALLS or regex, f"{module} calls {name}"
+            method = name == "compile" and isinstance(node.func, ast.Attribute)  # re.compile, and XLA's
+            assert name not in FORBIDDEN_CALLS or method, f"{module} calls {name}"
             said = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
             assert not said.get("trust_remote_code")
             assert not said.get("allow_pickle")

@@ -28,6 +28,9 @@ from gemmary.gemma import Gemma, load
 from gemmary.infer.sampling import Sampling
 from gemmary.inspect import Inspection, inspect_checkpoint, inspect_preset
 from gemmary.presets import PRESETS, preset
+from gemmary.recipe import load_recipe
+from gemmary.stages import STAGES, Life
+from gemmary.watch import Watch, summary
 
 __all__ = ["app", "main"]
 
@@ -44,6 +47,12 @@ _TABLE_WIDTH = 120  # so that names stay whole where output is piped; a narrower
 # typer has a click of its own in newer releases: this is the base of whichever errors it raises.
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as runs/nano.toml.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+]
+Out = Annotated[Path | None, typer.Option(help="The run's folder; by default out/ and the recipe's name.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing of progress.")]
 Model = Annotated[str, typer.Argument(help="A directory, a file, 'sample', or with --hub a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Hub = Annotated[bool, typer.Option("--hub", help="Allow fetching MODEL from the Hugging Face hub.")]
@@ -153,6 +162,33 @@ def chat_(
     """Converse with a model. /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer."""
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     converse(_load(model, dtype, hub), sampling, max_new_tokens)
+
+
+def _lived(verb: str, what: str) -> None:
+    """Register a verb that takes a recipe."""
+
+    def run(
+        recipe: RecipeFile, sets: Sets = None, out: Out = None, as_json: Json = False, quiet: Quiet = False
+    ) -> None:
+        _keep_compiled()
+        settings = load_recipe(recipe, sets or [])
+        folder = out or Path("out") / recipe.stem
+        with Watch(_err, quiet=quiet) as watch:
+            life = Life(settings, folder, say=watch.say, progress=watch.progress, report=watch.report)
+            record = STAGES["pretrain" if verb == "run" else verb](life)
+        if as_json:
+            print(json.dumps(record))
+        else:
+            Console().print(summary(verb, record, folder))
+
+    app.command(verb, help=what)(run)
+
+
+_lived("run", "Live a recipe from its first stage to its last; what is unchanged is not done again.")
+_lived("curate", "Make documents of a recipe's sources: filtered, masked, deduplicated, decontaminated.")
+_lived("tokenizer", "Train a recipe's vocabulary on its curated documents.")
+_lived("pretrain", "Pre-train a recipe's model, or go on where it was stopped.")
+_lived("ablate", "Train small models on a recipe's candidate mixtures and rank them.")
 
 
 @app.callback(invoke_without_command=True)

@@ -10,10 +10,7 @@ Orbax has no checksum on tensor bytes, so `open_native` compares every file with
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from gemmary.checkpoints.checkpoint import (
     config_to_json,
     read_json,
 )
+from gemmary.checkpoints.manifest import MANIFEST, verify_manifest, write_manifest
 from gemmary.checkpoints.orbax_file import OrbaxReader, OrbaxWriter
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
@@ -36,12 +34,12 @@ from gemmary.weights import INT4_GROUP, Int4, Int8, LoRA
 __all__ = ["NativeCheckpoint", "NativeWriter", "is_native", "open_native"]
 
 _VERSION = 1
-_MODEL, _MANIFEST, _TOKENIZER, _PARAMS = "gemmary.json", "manifest.json", "tokenizer.model", "params"
+_MODEL, _TOKENIZER, _PARAMS = "gemmary.json", "tokenizer.model", "params"
 
 
 def is_native(directory: Path) -> bool:
     """Whether the directory is one of ours: our params, or at least our manifest."""
-    return (directory / _MODEL).is_file() and ((directory / _PARAMS).is_dir() or (directory / _MANIFEST).is_file())
+    return (directory / _MODEL).is_file() and ((directory / _PARAMS).is_dir() or (directory / MANIFEST).is_file())
 
 
 def _key(name: str, layer: int) -> str:
@@ -65,22 +63,13 @@ class NativeWriter:
 
     def close(self) -> None:
         self._params.close()
-        files = sorted(path for path in self._directory.rglob("*") if path.is_file())
-        digests = {
-            path.relative_to(self._directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in files
-        }
-        text = json.dumps({"format": _VERSION, "files": digests}, indent=2) + "\n"
-        with (self._directory / _MANIFEST).open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
+        write_manifest(self._directory)
 
 
 def open_native(directory: Path, *, verify: bool = True) -> NativeCheckpoint:
     """Open one of our directories. Raises GemmaryError where a file is missing, extra to the manifest or altered."""
     if verify:
-        _verify(directory)
+        verify_manifest(directory)
     return NativeCheckpoint(directory)
 
 
@@ -174,29 +163,3 @@ def _parts(weight: Any) -> Any:
     if isinstance(weight, LoRA):
         return {"base": _parts(weight.base), "a": weight.a, "b": weight.b, "lora_scale": np.float64(weight.scale)}
     return weight
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _verify(directory: Path, on_file: Callable[[str], None] = lambda name: None) -> None:
-    """Every file as the manifest says, and none beside; else GemmaryError naming the first that differs."""
-    if not (directory / _MANIFEST).is_file():
-        raise GemmaryError(f"{directory} has no {_MANIFEST}: it was never finished, or is damaged; write it again")
-    manifest = read_json(directory / _MANIFEST)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise GemmaryError(f"{directory / _MANIFEST} is not a manifest; the checkpoint is damaged")
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} - {_MANIFEST}
-    for name in sorted(present | set(files)):
-        if name not in present or name not in files:
-            state = "is missing from" if name in files else "was added to"
-            raise GemmaryError(f"{directory}: {name} {state} the checkpoint; it is damaged, use another copy")
-        path, entry = directory / name, files[name]
-        if path.stat().st_size != entry.get("bytes") or _sha256(path) != entry.get("sha256"):
-            raise GemmaryError(
-                f"{directory}: {name} differs from its SHA-256; the checkpoint is damaged, use another copy"
-            )
-        on_file(name)

@@ -1,0 +1,67 @@
+"""A directory's manifest: size and SHA-256 of every other file, written last, so that what is whole can be told from what is not.
+
+All files are brought to the disk before the manifest is, and the manifest before anyone is told that it is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from gemmary.checkpoints.checkpoint import read_json
+from gemmary.errors import GemmaryError
+
+__all__ = ["MANIFEST", "verify_manifest", "write_manifest"]
+
+MANIFEST = "manifest.json"
+_VERSION = 1
+
+
+def write_manifest(directory: Path) -> None:
+    """Seal a directory as it is."""
+    digests = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        digests[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        _to_disk(path)
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            _to_disk(path)
+    text = json.dumps({"format": _VERSION, "files": digests}, indent=2) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+    _to_disk(directory / MANIFEST)
+    _to_disk(directory)
+
+
+def verify_manifest(directory: Path) -> None:
+    """Every file as the manifest says, and none beside; else GemmaryError naming the first that differs."""
+    if not (directory / MANIFEST).is_file():
+        raise GemmaryError(f"{directory} has no {MANIFEST}: it was never finished, or is damaged; write it again")
+    manifest = read_json(directory / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise GemmaryError(f"{directory / MANIFEST} is not a manifest; the checkpoint is damaged")
+    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} - {MANIFEST}
+    for name in sorted(present | set(files)):
+        if name not in present or name not in files:
+            state = "is missing from" if name in files else "was added to"
+            raise GemmaryError(f"{directory}: {name} {state} the checkpoint; it is damaged, use another copy")
+        path, entry = directory / name, files[name]
+        if path.stat().st_size != entry.get("bytes") or _sha256(path) != entry.get("sha256"):
+            raise GemmaryError(
+                f"{directory}: {name} differs from its SHA-256; the checkpoint is damaged, use another copy"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

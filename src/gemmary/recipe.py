@@ -1,0 +1,200 @@
+"""What a recipe says: a model's life as one TOML file, checked whole before anything runs.
+
+A recipe has the stages' sections `curate`, `tokenizer`, `model`, `mixture`, `pretrain` and, for choosing a mixture, `ablate`.
+Each section's settings are a dataclass of the room that obeys them, so their docstrings are the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from gemmary.config import Config
+from gemmary.data.curation_settings import CurateSettings
+from gemmary.data.mixture import MixtureSettings, Stage
+from gemmary.errors import GemmaryError
+from gemmary.presets import nano, preset
+from gemmary.text.training import TokenizerSettings
+from gemmary.train.pretrain import PretrainSettings
+
+__all__ = ["AblateSettings", "Candidate", "ModelSettings", "Recipe", "load_recipe"]
+
+_DIAL = 4  # what batch and learning rates of a recipe are meant for, where its model is given by the dial
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model: a published size's shape, or a nano one by the dial (layers and heads; width is 64 times it).
+
+    With the dial, the recipe's batch and learning rates are those of dial 4: the batch grows with the dial, learning rates
+    fall with the square root of the width.
+    """
+
+    preset: str | None = None
+    dial: int | None = None
+    generation: int = 1
+    """1 or 3: of a nano model."""
+
+    def __post_init__(self) -> None:
+        if (self.preset is None) == (self.dial is None):
+            raise GemmaryError("model: give either a preset (gemma-2b) or a dial (4)")
+        if self.preset is not None:
+            preset(self.preset)
+        else:
+            nano(self.dial or 0, generation=self.generation)
+
+    def config(self, vocab_size: int, length: int) -> Config:
+        """The model's config; a nano one takes its vocabulary and context from the run."""
+        if self.preset is not None:
+            return preset(self.preset).config
+        return nano(self.dial or 0, vocab_size, self.generation).replace(context=max(length, 512))
+
+    def scaled(self, settings: PretrainSettings) -> PretrainSettings:
+        """The settings for this dial."""
+        if self.dial is None or self.dial == _DIAL:
+            return settings
+        ratio, rate = self.dial / _DIAL, (_DIAL / self.dial) ** 0.5
+        parts = settings.accumulate
+        rule = dataclasses.replace(
+            settings.optimizer,
+            learning_rate=settings.optimizer.learning_rate * rate,
+            matrix_learning_rate=settings.optimizer.matrix_learning_rate * rate,
+        )
+        return dataclasses.replace(
+            settings, batch=max(1, round(settings.batch * ratio / parts)) * parts, optimizer=rule
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A mixture to be tried."""
+
+    name: str
+    stage: tuple[Stage, ...]
+    ramp: float = 0.02
+
+    def __post_init__(self) -> None:
+        self.mixture()  # says what is wrong with the weights
+
+    def mixture(self) -> MixtureSettings:
+        """The candidate as a mixture."""
+        return MixtureSettings(stage=self.stage, ramp=self.ramp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateSettings:
+    """Small models, one for each candidate mixture, on equally many tokens."""
+
+    candidate: tuple[Candidate, ...]
+    dial: int = 2
+    steps: int = 200
+
+    def __post_init__(self) -> None:
+        names = [candidate.name for candidate in self.candidate]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise GemmaryError("ablate: give at least two candidates, each a name of its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A model's life. `seed` is all runs' seed."""
+
+    curate: CurateSettings
+    mixture: MixtureSettings
+    model: ModelSettings
+    pretrain: PretrainSettings
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    ablate: AblateSettings | None = None
+    seed: int = 0
+    held_out_bytes: int = 1 << 20
+    """Of each source, so many bytes of held-out text at most are what bits per byte are taken on."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0 or self.held_out_bytes < 1:
+            raise GemmaryError("seed is at least 0 and held_out_bytes at least 1")
+        known = {source.name for source in self.curate.source}
+        mixtures = {"mixture": self.mixture}
+        mixtures |= {f"ablate.{one.name}": one.mixture() for one in (self.ablate.candidate if self.ablate else ())}
+        for where, mixture in mixtures.items():
+            if unknown := sorted(set(mixture.names) - known):
+                raise GemmaryError(f"{where}: no source is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
+
+
+def load_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
+    """Read a recipe. Each of `sets` is `key.path=value`, the value as in TOML (or a bare string).
+
+    Raises GemmaryError for a file that is not there or not TOML, and naming by path an unknown key or a value that cannot be.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GemmaryError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise GemmaryError(f"the recipe {path} is not TOML: {error}") from None
+    for one in sets:
+        _set(tree, one)
+    _known(Recipe, tree, "")
+    try:
+        return TypeAdapter(Recipe).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in first["loc"]).lstrip(".")
+        what = first["msg"].removeprefix("Value error, ")
+        named = not where or what.startswith(where)
+        raise GemmaryError(f"{path}: {what}" if named else f"{path}: {where}: {what}") from None
+
+
+def _set(tree: dict[str, Any], one: str) -> None:
+    """Put `key.path=value` into the tree; a number in the path is a place in a list."""
+    key, equals, text = one.partition("=")
+    if not equals or not key.strip():
+        raise GemmaryError(f"--set {one!r}: write key=value, such as pretrain.steps=200")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *folders, last = key.strip().split(".")
+    here: Any = tree
+    for name in folders:
+        here = _inside(here, name, key)
+    if isinstance(here, list):
+        _inside(here, last, key)  # it is there
+        here[int(last)] = value
+    else:
+        here[last] = value
+
+
+def _inside(here: Any, name: str, key: str) -> Any:
+    if isinstance(here, list) and name.isdecimal() and int(name) < len(here):
+        return here[int(name)]
+    if isinstance(here, dict):
+        return here.setdefault(name, {})
+    raise GemmaryError(f"--set {key}: there is no {name!r} to set something in")
+
+
+def _known(kind: Any, value: Any, where: str) -> None:
+    """Every key of the tree is a field; else GemmaryError with the nearest ones. Pydantic lets unknown keys pass here."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        for key, inner in value.items():
+            path = f"{where}.{key}" if where else key
+            if key not in hints:
+                near = difflib.get_close_matches(key, hints, n=2, cutoff=0.5)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(hints)}"
+                raise GemmaryError(f"the recipe has an unknown key {path}: {hint}")
+            _known(hints[key], inner, path)
+    elif isinstance(value, list):
+        for inner_kind in get_args(kind):
+            for i, inner in enumerate(value):
+                _known(inner_kind, inner, f"{where}[{i}]")
+    else:
+        for inner_kind in get_args(kind):  # X | None
+            if dataclasses.is_dataclass(inner_kind):
+                _known(inner_kind, value, where)

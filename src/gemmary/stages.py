@@ -1,0 +1,256 @@
+"""A model's life, stage after stage, each in a folder of its own with a `stage.json` of what went in and what came out.
+
+A stage whose settings and inputs are those of its `stage.json` is not run again; one that was cut off goes on where it was.
+Curation, tokenizer and tokens are made again when what they depend on has changed; a pre-training that was begun with
+something else is never thrown away, but refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gemmary.checkpoints import open_model
+from gemmary.checkpoints.checkpoint import read_json
+from gemmary.config import Config
+from gemmary.data.curate import curate, read_documents
+from gemmary.data.tokens import Tokens, write_tokens
+from gemmary.errors import GemmaryError
+from gemmary.gemma import Gemma
+from gemmary.infer.engine import Engine
+from gemmary.params import is_stacked, unstack
+from gemmary.recipe import Recipe
+from gemmary.text.tokenizer import Tokenizer
+from gemmary.text.training import compression, train_tokenizer
+from gemmary.train.held_out import xz_bits_per_byte
+from gemmary.train.loop import Hook, Report
+from gemmary.train.pretrain import PretrainSettings, pretrain
+from gemmary.train.step import TrainState
+
+__all__ = ["STAGES", "Life"]
+
+_RECORD = "stage.json"
+_BYTES_REPORTED = 1 << 20  # of each source, for bytes per token
+
+
+@dataclass(frozen=True)
+class Life:
+    """A recipe being lived in `folder`. `say` is told what people should know, `progress` (done, total) of counted work."""
+
+    recipe: Recipe
+    folder: Path
+    say: Callable[[str], None] = lambda line: None
+    progress: Callable[[int, int], None] = lambda done, total: None
+    report: Report = lambda entry: None
+
+    def curate(self) -> dict[str, Any]:
+        """Documents from sources: see `data.curate`."""
+        settings = self.recipe.curate
+
+        def work(folder: Path) -> dict[str, Any]:
+            found = curate(settings, folder, on_progress=self.progress)
+            return {"digest": found["digest"], "sources": found["sources"]}
+
+        # Curation knows by itself whether its files changed, and goes on where it was cut off.
+        return self._stage("curate", settings.decisive(), {}, work, always=True)
+
+    def tokenizer(self) -> dict[str, Any]:
+        """A vocabulary for the training documents, in `tokenizer/tokenizer.model`."""
+        curated = self.curate()
+        settings = self.recipe.tokenizer
+
+        def work(folder: Path) -> dict[str, Any]:
+            names = [source.name for source in self.recipe.curate.source]
+            tokenizer = train_tokenizer((text for name in names for text in self._texts(name, "train")), settings)
+            others = {"ours": tokenizer, **_sample_tokenizer()}
+            texts = {name: _some(self._texts(name, "train"), _BYTES_REPORTED) for name in names}
+            (folder / "tokenizer.model").write_bytes(tokenizer.to_sentencepiece())
+            return {"vocabulary": tokenizer.size, "bytes_per_token": compression(texts, others)}
+
+        decisive = {name: value for name, value in asdict(settings).items() if name != "threads"}
+        return self._stage("tokenizer", decisive, {"curate": curated["digest"]}, work)
+
+    def tokens(self) -> dict[str, Any]:
+        """The documents' ids: `tokens/<source>/train` and `…/held_out`."""
+        made = self.tokenizer()
+        most = self.recipe.held_out_bytes
+
+        def work(folder: Path) -> dict[str, Any]:
+            tokenizer, results = self._tokenizer(), dict[str, dict[str, Any]]()
+            for source in self.recipe.curate.source:
+                train = write_tokens(folder / source.name / "train", self._texts(source.name, "train"), tokenizer)
+                results[source.name] = {"train": asdict(train)}
+                held_out = list(_some(self._texts(source.name, "held_out"), most))
+                if held_out:
+                    info = write_tokens(folder / source.name / "held_out", held_out, tokenizer)
+                    results[source.name] |= {"held_out": asdict(info), "xz_bits_per_byte": xz_bits_per_byte(held_out)}
+            return {"sources": results}
+
+        return self._stage("tokens", {"held_out_bytes": most}, {"tokenizer": made["digest"]}, work)
+
+    def pretrain(self) -> dict[str, Any]:
+        """A model, in `pretrain/checkpoints`; `results.complete` is false where it was asked to stop."""
+        tokens = self.tokens()
+        settings = self.recipe.model.scaled(self.recipe.pretrain)
+        config = self.recipe.model.config(self._tokenizer().size, settings.length)
+        return self._pretrained("pretrain", settings, config, self.recipe.mixture, tokens)
+
+    def ablate(self) -> dict[str, Any]:
+        """Small models on candidate mixtures; `ranking` is from the fewest held-out bits per byte to the most."""
+        wanted = self.recipe.ablate
+        if wanted is None:
+            raise GemmaryError("the recipe has no [ablate] with candidates to choose from")
+        tokens = self.tokens()
+        model = dataclasses.replace(self.recipe.model, preset=None, dial=wanted.dial)
+        settings = model.scaled(dataclasses.replace(self.recipe.pretrain, steps=wanted.steps, evaluate_every=0))
+        config = model.config(self._tokenizer().size, settings.length)
+        found = []
+        for candidate in wanted.candidate:
+            self.say(f"ablate: {candidate.name}")
+            record = self._pretrained(f"ablate/{candidate.name}", settings, config, candidate.mixture(), tokens)
+            if not record["results"]["complete"]:
+                return {"complete": False, "ranking": []}
+            held_out = record["results"].get("held_out", {})
+            if not held_out:
+                raise GemmaryError("no source has held-out documents to rank by: give held_out to some")
+            mean = sum(held_out.values()) / len(held_out)
+            found.append({"name": candidate.name, "mean": mean, "held_out": held_out, **_shares(record)})
+        found.sort(key=lambda one: one["mean"])
+        result: dict[str, Any] = {
+            "complete": True,
+            "dial": wanted.dial,
+            "tokens": settings.steps * settings.batch * settings.length,
+        }
+        _write(self.folder / "ablate" / "ranking.json", result | {"ranking": found})
+        return result | {"ranking": found}
+
+    def _pretrained(
+        self, name: str, settings: PretrainSettings, config: Config, mixture: Any, tokens: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        tokenizer, sources = self._tokenizer(), self._sources("train", mixture.names)
+        held_out = self._sources("held_out", [s.name for s in self.recipe.curate.source])
+
+        def work(folder: Path) -> dict[str, Any]:
+            sample = Hook(settings.sample_every, lambda state: _sample(state, settings, config, tokenizer))
+            done = pretrain(
+                settings, config, tokenizer, mixture, sources, held_out, folder, seed=self.recipe.seed,
+                hooks=[sample] if settings.prompt else [], report=self.report, say=self.say,
+            )  # fmt: skip
+            return {"complete": done.complete, **done.results}
+
+        decisive: dict[str, Any] = {"seed": self.recipe.seed, "mixture": asdict(mixture)}
+        decisive |= {"model": asdict(config), "pretrain": settings.decisive()}
+        return self._stage(name, decisive, {"tokens": tokens["digest"]}, work, keep=True)
+
+    def _stage(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        work: Callable[[Path], dict[str, Any]],
+        *,
+        keep: bool = False,
+        always: bool = False,
+    ) -> dict[str, Any]:
+        """The stage's record: the one there is, or that of doing the work now.
+
+        `always` asks the work itself whether there is anything to do; `keep` leaves to it what was begun with other settings.
+        """
+        folder, begun_with = self.folder / name, _plain({"settings": settings, "inputs": inputs})
+        path = folder / _RECORD
+        record: dict[str, Any] = read_json(path) if path.is_file() else {}
+        same = record.get("begun_with") == begun_with
+        if same and not always and record["results"].get("complete", True):
+            self.say(f"{name}: unchanged")
+            return record
+        if folder.exists() and not keep and not (always and (same or not record)):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        self.say(f"{name}: {folder}")
+        results = work(folder)
+        digest = hashlib.sha256(json.dumps([begun_with, _lasting(results)], sort_keys=True).encode()).hexdigest()
+        new = {"stage": name, "digest": digest, "begun_with": begun_with, "results": results}
+        if same and record["digest"] == digest:
+            self.say(f"{name}: unchanged")
+            return record
+        new["seconds"] = round(time.perf_counter() - started, 1)
+        _write(path, new)
+        return new
+
+    def _texts(self, source: str, split: str) -> Iterator[str]:
+        return (document["text"] for document in read_documents(self.folder / "curate", source, split))
+
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_sentencepiece(self.folder / "tokenizer" / "tokenizer.model")
+
+    def _sources(self, split: str, names: Any) -> dict[str, Tokens]:
+        paths = {name: self.folder / "tokens" / name / split for name in names}
+        return {name: Tokens(path) for name, path in paths.items() if split == "train" or path.is_dir()}
+
+
+STAGES: dict[str, Callable[[Life], dict[str, Any]]] = {
+    "curate": Life.curate,
+    "tokenizer": Life.tokenizer,
+    "pretrain": Life.pretrain,
+    "ablate": Life.ablate,
+}
+"""Verbs of the command line; each does first what it builds on."""
+
+
+def _plain(data: Any) -> Any:
+    """As it is after a file."""
+    return json.loads(json.dumps(data))
+
+
+def _lasting(results: dict[str, Any]) -> dict[str, Any]:
+    """Results without what differs from run to run."""
+    return {k: v for k, v in results.items() if k not in ("tokens_per_second", "mfu", "eta_seconds")}
+
+
+def _shares(record: dict[str, Any]) -> dict[str, Any]:
+    return {"shares": record["results"]["shares"]}
+
+
+def _some(texts: Iterator[str], most: int) -> Iterator[str]:
+    """Texts of at most so many UTF-8 bytes together; the last is cut."""
+    for text in texts:
+        data = text.encode()
+        yield data[:most].decode(errors="ignore")
+        most -= len(data)
+        if most <= 0:
+            return
+
+
+def _sample_tokenizer() -> dict[str, Tokenizer]:
+    """Gemma 3's own tokenizer, where the sample weights are installed."""
+    try:
+        with open_model("sample") as checkpoint:
+            tokenizer = checkpoint.tokenizer()
+    except GemmaryError:
+        return {}
+    return {"gemma3": tokenizer} if tokenizer else {}
+
+
+def _sample(state: TrainState, settings: PretrainSettings, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Greedy continuations of the prompts."""
+    params = unstack(state.params) if is_stacked(state.params) else state.params
+    engine = Engine(params, config, jax.numpy.dtype(settings.dtype), tokenizer.size)
+    gemma = Gemma(config, params, tokenizer, engine)
+    return {"samples": {p: gemma.generate(p, max_new_tokens=settings.sample_tokens).text for p in settings.prompt}}
+
+
+def _write(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)

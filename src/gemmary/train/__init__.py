@@ -1,0 +1,1 @@
+"""Learning: a stage is a loss and a stream of batches; `fit` runs it."""

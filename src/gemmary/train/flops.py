@@ -1,0 +1,53 @@
+"""Floating-point operations of a training step, counted from the shapes, and what a device can do at most.
+
+A multiply and an add are two. A backward pass costs twice a forward one. What is made again to save memory is work, but
+not the model's: model FLOPs utilization (MFU; Chowdhery et al., arXiv 2204.02311) leaves it out.
+"""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from gemmary.config import Config
+from gemmary.params import count
+
+__all__ = ["peak_flops", "train_flops"]
+
+# Dense bf16 (fp32 accumulation) per chip, from the makers' data sheets; the first name that the device's kind contains.
+_PEAKS = {
+    "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v6": 918e12, "v4": 275e12,
+    "h200": 989e12, "h100": 989e12, "a100": 312e12, "l4": 121e12,
+}  # fmt: skip
+
+
+def train_flops(config: Config, length: int) -> float:
+    """Of one token in rows of `length`: forward and backward, matrix products only."""
+    matrices = (
+        count(config).non_embedding + config.vocab_size * config.embed_dim
+    )  # the tied output; the lookup is no product
+    per_key = 4 * config.num_heads * config.head_dim
+    seen = 0.0
+    for kind in config.layer_kinds():
+        window = min(length, kind.window or length)
+        seen += window * (length - (window - 1) / 2) / length  # a query sees itself and up to window - 1 before it
+    return 3 * (2 * matrices + per_key * seen)
+
+
+def peak_flops() -> float:
+    """Operations a second of all devices: a data sheet's figure, or on a CPU what its own matrix products reach."""
+    device = jax.devices()[0]
+    kind = device.device_kind.lower()
+    if device.platform != "cpu":
+        return next((peak for name, peak in _PEAKS.items() if name in kind), float("nan")) * jax.device_count()
+    a = jnp.ones((2048, 1024), jnp.float32)
+    product = jax.jit(lambda a: a @ a.T)
+    product(a).block_until_ready()
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        product(a).block_until_ready()
+        best = max(best, 2 * 2048 * 2048 * 1024 / (time.perf_counter() - started))
+    return best

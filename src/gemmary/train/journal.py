@@ -1,0 +1,101 @@
+"""What a run writes down as it goes: a line of JSON each time, TensorBoard where asked for, a curve as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from gemmary.errors import GemmaryError
+
+__all__ = ["Journal", "draw_curve"]
+
+_LINES, _CURVE = "metrics.jsonl", "curve.png"
+
+
+class Journal:
+    """The record of one run in its folder. Going on from a step forgets what was written of later ones."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
+        self._folder = folder
+        self.entries: list[dict[str, Any]] = _read(folder / _LINES)
+        self._board: Any = _board(folder / "tensorboard") if tensorboard else None
+
+    def go_on_from(self, step: int) -> None:
+        """Keep only what was written up to this step."""
+        self.entries = [entry for entry in self.entries if entry["step"] <= step]
+        aside = self._folder / f".{_LINES}"
+        aside.write_text("".join(_line(entry) for entry in self.entries), encoding="utf-8")
+        aside.replace(self._folder / _LINES)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Add an entry, which has a `step`; nested numbers go to TensorBoard as `name/part`."""
+        self.entries.append(entry)
+        with (self._folder / _LINES).open("a", encoding="utf-8") as out:
+            out.write(_line(entry))
+        if self._board is not None:
+            for name, value in entry.items():
+                for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(number, int | float) and name != "step":
+                        self._board.add_scalar(f"{name}/{part}" if part else name, number, entry["step"])
+
+    def close(self) -> None:
+        """Draw the curve, and let go of TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+        draw_curve(self.entries, self._folder / _CURVE)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The entries so far; a last line that was cut off is not one."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise GemmaryError("TensorBoard's writer is not installed: pip install 'gemmary[tensorboard]'") from None
+    return SummaryWriter(str(folder))
+
+
+def draw_curve(entries: list[dict[str, Any]], path: Path) -> None:
+    """Training loss and held-out bits per byte over tokens, as a PNG; nothing where there is nothing to draw yet."""
+    losses = [(entry["tokens"], entry["loss"]) for entry in entries if math.isfinite(entry.get("loss", math.nan))]
+    held_out = [(entry["tokens"], entry["held_out"]) for entry in entries if "held_out" in entry]
+    if not losses:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left = figure.subplots()
+    left.plot(*zip(*losses, strict=True), color="0.55", linewidth=1, label="training loss")
+    left.set_xlabel("tokens")
+    left.set_ylabel("training loss, nats per token")
+    left.set_ylim(0, min(max(loss for _, loss in losses), 2.2 * sorted(loss for _, loss in losses)[len(losses) // 2]))
+    if held_out:
+        right = left.twinx()
+        for name in sorted({name for _, values in held_out for name in values}):
+            points = [(tokens, values[name]) for tokens, values in held_out if name in values]
+            right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"held-out {name}")
+        right.set_ylabel("held-out bits per byte")
+        right.set_ylim(bottom=0)
+        right.legend(loc="upper right", frameon=False)
+    left.legend(loc="lower left", frameon=False)
+    left.spines["top"].set_visible(False)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, format="png")
+    aside.replace(path)

@@ -1,0 +1,155 @@
+"""The loop: batches go in, steps are taken, and what people and the next run need is written down on the way.
+
+A run can end in four ways: all steps done; asked to stop (SIGTERM, Ctrl-C), which saves first; a loss that is no number or
+leaps, which names the last good checkpoint; or killed, after which it goes on from the newest checkpoint to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from gemmary.errors import GemmaryError
+from gemmary.train.journal import Journal
+from gemmary.train.saving import Checkpoints
+from gemmary.train.step import Step, TrainState
+
+__all__ = ["Hook", "LoopSettings", "Report", "Stream", "fit"]
+
+
+class Stream(Protocol):
+    """Batches with a place that can be written down and gone back to."""
+
+    def __next__(self) -> Any: ...
+    def state(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something done every so many steps and after the last: what it returns is written into the journal."""
+
+    every: int
+    run: Callable[[TrainState], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How a run keeps itself. Steps between things; 0 is never."""
+
+    steps: int
+    log_every: int = 10
+    save_every: int = 200
+    spike: float = 3.0
+    """Stop where the loss is so many nats above the median of the last 50 steps'."""
+
+
+_RECENT = 50
+
+Describe = Callable[[dict[str, float], float, int], dict[str, Any]]
+Report = Callable[[dict[str, Any]], None]
+
+
+def fit(
+    step: Step,
+    state: TrainState,
+    batches: Stream,
+    settings: LoopSettings,
+    *,
+    journal: Journal,
+    checkpoints: Checkpoints,
+    describe: Describe,
+    hooks: Sequence[Hook] = (),
+    report: Report = lambda entry: None,
+) -> tuple[TrainState, bool]:
+    """Take the steps that are left; returns the last state, and whether the run is complete or was asked to stop.
+
+    `describe` makes a journal entry of the means over the last steps, the seconds that one took, and the steps done. `report` shows it.
+    Raises GemmaryError where the loss is no number or leaps, and where the last save failed.
+    """
+    done = int(state.step)
+    recent: deque[float] = deque(maxlen=_RECENT)
+    since: list[dict[str, jax.Array]] = []
+    with _asked_to_stop() as asked:
+        started = time.perf_counter()
+        while done < settings.steps and not asked.is_set():
+            state, means = step(state, next(batches))
+            done += 1
+            since.append(means)
+            last = done == settings.steps
+            saves = last or asked.is_set() or (settings.save_every and done % settings.save_every == 0)
+            if saves or done % settings.log_every == 0:
+                _check(since, recent, done, settings.spike, checkpoints)
+                seconds = (time.perf_counter() - started) / len(since)
+                entry = {"step": done, **describe(_means(since), seconds, done)}
+                for hook in hooks:
+                    if last or (hook.every and done % hook.every == 0):
+                        entry |= hook.run(state)
+                journal.write(entry)
+                report(entry)
+                since = []
+                if saves:
+                    checkpoints.save(state, batches.state())
+                started = time.perf_counter()
+        if asked.is_set() and since:  # asked between two saves: the place to go on from is this one
+            _check(since, recent, done, settings.spike, checkpoints)
+            checkpoints.save(state, batches.state())
+        checkpoints.finish()
+    return state, done >= settings.steps
+
+
+def _means(since: list[dict[str, jax.Array]]) -> dict[str, float]:
+    return {name: float(np.mean([float(means[name]) for means in since])) for name in since[0]}
+
+
+def _check(
+    since: list[dict[str, jax.Array]], recent: deque[float], done: int, spike: float, checkpoints: Checkpoints
+) -> None:
+    """Every loss since the last look is a number, and none leaps."""
+    for number, means in enumerate(since, done - len(since) + 1):
+        loss, length = float(means["loss"]), float(means["gradient_norm"])
+        usual = statistics.median(recent) if len(recent) == _RECENT else math.inf
+        if math.isfinite(loss) and math.isfinite(length) and loss <= usual + spike:
+            recent.append(loss)
+            continue
+        checkpoints.wait()
+        newest = checkpoints.newest()
+        where = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
+        what = f"leapt to {loss:.2f} from {usual:.2f}" if math.isfinite(loss) else f"is {loss}"
+        if not math.isfinite(length):
+            what += f" with a gradient of length {length}"
+        raise GemmaryError(
+            f"stopped at step {number}: the loss {what}; {where}. "
+            "A lower learning rate, a longer warm-up or other data from there on may carry it over"
+        )
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """Set by SIGTERM and Ctrl-C while it lasts; a second Ctrl-C is obeyed at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_signal(number: int, _: Any) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

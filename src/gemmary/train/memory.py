@@ -1,0 +1,30 @@
+"""Keeping what a step has freed: on Linux a large part of a step's time on a CPU is the kernel's.
+
+A step's temporary arrays are hundreds of megabytes. glibc gives blocks of that size back to the kernel as they are freed, and
+gets them again, page by page and zeroed, in the next step: 270,000 page faults and 0.55 CPU seconds of 3.7 in a step of
+4096 tokens. Told to keep them, it has none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+__all__ = ["keep_freed_memory"]
+
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep freed memory from now on; False where the C library is another one.
+
+    To be called when what precedes a long run is done: what compiling needed would be kept as well.
+    """
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    libc.malloc_trim(0)
+    options = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+    return all(libc.mallopt(option, value) == 1 for option, value in options.items())

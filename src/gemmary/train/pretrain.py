@@ -1,0 +1,239 @@
+"""Pre-training: tokenized sources and a mixture go in, a model comes out, in one folder that can be gone on from.
+
+checkpoints/     see `saving`
+metrics.jsonl    a line each `log_every` steps
+curve.png        training loss and held-out bits per byte
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from gemmary.checkpoints.checkpoint import config_to_json
+from gemmary.config import Config
+from gemmary.data.batches import Batches, mixture_batches
+from gemmary.data.mixture import MixtureSettings
+from gemmary.data.packing import Batch, held_out_batches
+from gemmary.data.tokens import Tokens, tokenizer_digest
+from gemmary.errors import GemmaryError
+from gemmary.model.transformer import Remat
+from gemmary.params import count, init, unstack
+from gemmary.text.tokenizer import Tokenizer
+from gemmary.train.flops import peak_flops, train_flops
+from gemmary.train.held_out import bits_per_byte
+from gemmary.train.journal import Journal
+from gemmary.train.loop import Hook, LoopSettings, Report, fit
+from gemmary.train.losses import Head, chunk_size
+from gemmary.train.memory import keep_freed_memory
+from gemmary.train.optimizer import OptimizerSettings, learning_rate, optimizer
+from gemmary.train.saving import Checkpoints
+from gemmary.train.step import TrainState, init_state, language_loss, make_step
+
+__all__ = ["PretrainSettings", "Pretrained", "pretrain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """A pre-training run. A batch is `batch` rows of `length` tokens. "Every" counts steps; 0 is only at the end.
+
+    Master weights and optimizer state are float32; `dtype` is what the step computes in.
+    """
+
+    steps: int
+    length: int = 512
+    batch: int = 8
+    accumulate: int = 1
+    """Parts that a batch is taken in, for memory; the result is the same."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
+    z_loss: float = 0.0
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    workers: int = 0
+    """Processes that make batches ahead; 0: a thread, which is enough nearly always."""
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2
+    spike: float = 3.0
+    evaluate_every: int = 0
+    sample_every: int = 0
+    prompt: tuple[str, ...] = ()
+    """What samples continue."""
+    sample_tokens: int = 48
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "length", "batch", "accumulate", "log_every", "keep", "sample_tokens"):
+            if (value := getattr(self, name)) < 1:
+                raise GemmaryError(f"{name} is {value}; it is at least 1")
+        for name in ("workers", "save_every", "evaluate_every", "sample_every", "z_loss", "spike"):
+            if (value := getattr(self, name)) < 0:
+                raise GemmaryError(f"{name} is {value}; it is at least 0")
+        if self.batch % self.accumulate:
+            raise GemmaryError(f"batch is {self.batch}, which {self.accumulate} equal parts (accumulate) do not divide")
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that the result depends on."""
+        bystanders = {
+            "workers", "log_every", "save_every", "keep", "evaluate_every", "sample_every", "prompt", "sample_tokens",
+            "tensorboard",
+        }  # fmt: skip
+        return {name: value for name, value in asdict(self).items() if name not in bystanders}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """How a run ended: whether all its steps are done, its last checkpoint, and what there is to say of it."""
+
+    complete: bool
+    checkpoint: Path
+    results: dict[str, Any]
+
+
+def pretrain(
+    settings: PretrainSettings,
+    config: Config,
+    tokenizer: Tokenizer,
+    mixture: MixtureSettings,
+    sources: Mapping[str, Tokens],
+    held_out: Mapping[str, Tokens],
+    folder: Path,
+    *,
+    seed: int = 0,
+    hooks: Sequence[Hook] = (),
+    report: Report = lambda entry: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Pretrained:
+    """Run, or go on from the newest checkpoint that verifies. `report` gets each journal entry, `say` what else people should know.
+
+    Raises GemmaryError where model, tokenizer and data do not fit together, where the folder's run was begun with other
+    settings or data, and where the loss is no number or leaps.
+    """
+    _fits(settings, config, tokenizer)
+    ids = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+    batches = mixture_batches(
+        mixture, sources, length=settings.length, batch=settings.batch, steps=settings.steps, seed=seed,
+        workers=settings.workers, **ids,
+    )  # fmt: skip
+    identity = {"model": config_to_json(config), "tokenizer": tokenizer_digest(tokenizer), "seed": seed}
+    identity["pretrain"] = settings.decisive()
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder / "checkpoints", config, tokenizer, identity, keep=settings.keep, say=say)
+    rule = optimizer(settings.optimizer, settings.steps)
+    state = init_state(_first_params(config, seed), rule, jax.random.key(seed))
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        for line in restored.damaged:
+            say(f"passed over a checkpoint: {line}")
+        batches.restore(restored.data)
+        state = restored.state
+        say(f"going on from {restored.path.name}")
+    journal = Journal(folder, tensorboard=settings.tensorboard)
+    journal.go_on_from(int(state.step))
+    head = Head(_chunk(config, settings), config.final_softcap, settings.z_loss)
+    loss = language_loss(config, head=head, dtype=jnp.dtype(settings.dtype), remat=settings.remat)
+    program = _compiled(make_step(loss, rule, accumulate=settings.accumulate), state, settings, say)
+    evaluated = _evaluation(config, head._replace(z_loss=0.0), held_out, settings, ids)
+    try:
+        state, complete = fit(
+            program, state, batches, _loop(settings), journal=journal, checkpoints=checkpoints,
+            describe=_describe(settings, config, batches, sources), hooks=[evaluated, *hooks], report=report,
+        )  # fmt: skip
+    finally:
+        batches.close()
+        journal.close()
+    newest = checkpoints.newest()
+    assert newest is not None
+    results = {
+        "checkpoint": newest.relative_to(folder).as_posix(), "steps": int(state.step), "parameters": count(config).total,
+        "padding": batches.padding(), "shares": batches.shares(), "epochs": batches.epochs(),
+        **({k: v for k, v in journal.entries[-1].items() if k != "step"} if journal.entries else {}),
+    }  # fmt: skip
+    return Pretrained(complete, newest, results)
+
+
+def _fits(settings: PretrainSettings, config: Config, tokenizer: Tokenizer) -> None:
+    if tokenizer.size > config.num_tokens:
+        raise GemmaryError(f"the tokenizer has {tokenizer.size} pieces and the model takes {config.num_tokens}")
+    if settings.length > config.context:
+        raise GemmaryError(f"pretrain.length is {settings.length} and the model's context is {config.context}")
+
+
+def _first_params(config: Config, seed: int) -> Any:
+    """Stacked for an accelerator, whose compiler scans well; unstacked for a CPU, where a scan costs half the speed."""
+    params = init(config, jax.random.key(seed))
+    return unstack(params) if jax.default_backend() == "cpu" else params
+
+
+def _chunk(config: Config, settings: PretrainSettings) -> int:
+    """Positions whose logits are made at once: what a CPU's cache is good for, or an accelerator's memory."""
+    most = 1 << 24 if jax.default_backend() == "cpu" else 1 << 29
+    return chunk_size(settings.batch // settings.accumulate, config.vocab_size, most)
+
+
+def _compiled(step: Any, state: TrainState, settings: PretrainSettings, say: Callable[[str], None]) -> Any:
+    shape = (settings.batch, settings.length)
+    ints: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    floats: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    started = time.perf_counter()
+    program = step.lower(state, Batch(ints, ints, floats, ints, ints)).compile()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+    say(f"compiled in {time.perf_counter() - started:.0f} s")
+    return program
+
+
+def _loop(settings: PretrainSettings) -> LoopSettings:
+    return LoopSettings(
+        steps=settings.steps, log_every=settings.log_every, save_every=settings.save_every, spike=settings.spike
+    )
+
+
+def _describe(
+    settings: PretrainSettings, config: Config, batches: Batches, sources: Mapping[str, Tokens]
+) -> Callable[[dict[str, float], float, int], dict[str, Any]]:
+    """What a journal entry says beside the means: pace, use of the device, shares, and what a loss is in bits per byte."""
+    peak, rate = peak_flops(), learning_rate(settings.optimizer, settings.steps)
+    tokens, flops = settings.batch * settings.length, train_flops(config, settings.length)
+
+    def describe(means: dict[str, float], seconds: float, step: int) -> dict[str, Any]:
+        shares = batches.shares()
+        # EOS is a token without bytes of its own.
+        per_token = sum(s * sources[n].bytes / (sources[n].info.tokens + len(sources[n])) for n, s in shares.items())
+        pace = tokens / seconds
+        return {
+            "loss": means["loss"],
+            "bits_per_byte": means["loss"] / math.log(2) / per_token,
+            "gradient_norm": means["gradient_norm"],
+            "learning_rate": settings.optimizer.learning_rate * float(rate(step - 1)),
+            "tokens": step * tokens,
+            "tokens_per_second": pace,
+            "mfu": pace * flops / peak,
+            "eta_seconds": (settings.steps - step) * seconds,
+            "shares": shares,
+        }
+
+    return describe
+
+
+def _evaluation(
+    config: Config, head: Head, held_out: Mapping[str, Tokens], settings: PretrainSettings, ids: dict[str, int]
+) -> Hook:
+    rows = min(settings.batch, 8)
+
+    def run(state: TrainState) -> dict[str, Any]:
+        sources = {
+            name: (held_out_batches(tokens, length=settings.length, batch=rows, **ids), tokens.bytes)
+            for name, tokens in held_out.items()
+        }
+        dtype = jnp.dtype(settings.dtype)
+        return {"held_out": bits_per_byte(state.params, config, sources, head=head, dtype=dtype)} if sources else {}
+
+    return Hook(settings.evaluate_every, run)
