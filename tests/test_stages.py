@@ -38,7 +38,7 @@ dial = 1
 [pretrain]
 steps = 12
 length = 64
-batch = 8
+batch = 32
 log_every = 4
 save_every = 4
 evaluate_every = 8
@@ -123,7 +123,7 @@ def test_the_journal_has_an_entry_each_time(lived: tuple[Path, Path]) -> None:
 
 def test_the_model_answers(lived: tuple[Path, Path]) -> None:
     _, folder = lived
-    model = gemmary.load(folder / "pretrain" / "checkpoints" / "step_00000012" / "model")
+    model = gemmary.load(folder / "pretrain" / "model")
     assert model.generate("One and two", max_new_tokens=3).timing.new_tokens <= 3
     kept = sorted(path.name for path in (folder / "pretrain" / "checkpoints").iterdir())
     assert kept == ["step_00000008", "step_00000012"]
@@ -143,7 +143,7 @@ def test_what_is_unchanged_is_not_done_again(lived: tuple[Path, Path]) -> None:
 def test_what_was_begun_otherwise_is_refused_by_name(lived: tuple[Path, Path]) -> None:
     path, folder = lived
     for change, name in (
-        ("pretrain.batch=4", "pretrain.batch"),
+        ("pretrain.batch=16", "pretrain.batch"),
         ("model.dial=2", "model.embed_dim"),
         ("seed=1", "seed"),
     ):
@@ -180,7 +180,7 @@ def test_mixtures_are_ranked(lived: tuple[Path, Path]) -> None:
     found = Life(load_recipe(path), folder).ablate()
     assert [one["mean"] for one in found["ranking"]] == sorted(one["mean"] for one in found["ranking"])
     assert {one["name"]: one["shares"] for one in found["ranking"]}["letters"] == {"letters": 1.0}
-    assert found["tokens"] == 4 * 512 // 4  # dial 1 takes a quarter of the batch
+    assert found["tokens"] == 4 * 512  # dial 1 takes a quarter of the batch
     assert json.loads((folder / "ablate" / "ranking.json").read_text()) == found
     recipe = dataclasses.replace(load_recipe(path), ablate=None)
     with pytest.raises(GemmaryError, match=r"no \[ablate\]"):

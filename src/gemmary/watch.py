@@ -112,7 +112,7 @@ def _ranking(record: dict[str, Any]) -> RenderableType:
 
 
 def _pretrained(results: dict[str, Any], folder: Path) -> RenderableType:
-    model = folder / "pretrain" / results["checkpoint"] / "model"
+    model = folder / "pretrain" / "model"
     if not results["complete"]:
         return Text(f"stopped at step {results['steps']}; the same command goes on from there")
     tokens = read_json(folder / "tokens" / "stage.json")["results"]["sources"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from gemmary.checkpoints.checkpoint import read_json
 from gemmary.errors import GemmaryError
 
-__all__ = ["MANIFEST", "verify_manifest", "write_manifest"]
+__all__ = ["MANIFEST", "to_disk", "verify_manifest", "write_manifest"]
 
 MANIFEST = "manifest.json"
 _VERSION = 1
@@ -24,14 +24,14 @@ def write_manifest(directory: Path) -> None:
     digests = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         digests[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _to_disk(path)
+        to_disk(path)
     for path in directory.rglob("*"):
         if path.is_dir():
-            _to_disk(path)
+            to_disk(path)
     text = json.dumps({"format": _VERSION, "files": digests}, indent=2) + "\n"
     (directory / MANIFEST).write_text(text, encoding="utf-8")
-    _to_disk(directory / MANIFEST)
-    _to_disk(directory)
+    to_disk(directory / MANIFEST)
+    to_disk(directory)
 
 
 def verify_manifest(directory: Path) -> None:
@@ -59,7 +59,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Return when a file's bytes, or a directory's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +17,34 @@ _LINES, _CURVE = "metrics.jsonl", "curve.png"
 
 
 class Journal:
-    """The record of one run in its folder. Going on from a step forgets what was written of later ones."""
+    """The record of one run in its folder. Going on from a step forgets what was written of later ones.
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
-        self._folder = folder
+    A disk that takes no lines ends no run: `say` is told, and they are written when it takes them again.
+    """
+
+    def __init__(
+        self, folder: Path, *, tensorboard: bool = False, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._folder, self._say = folder, say
+        self._behind = False
         self.entries: list[dict[str, Any]] = _read(folder / _LINES)
         self._board: Any = _board(folder / "tensorboard") if tensorboard else None
 
     def go_on_from(self, step: int) -> None:
         """Keep only what was written up to this step."""
         self.entries = [entry for entry in self.entries if entry["step"] <= step]
-        aside = self._folder / f".{_LINES}"
-        aside.write_text("".join(_line(entry) for entry in self.entries), encoding="utf-8")
-        aside.replace(self._folder / _LINES)
+        with self._on_disk():
+            self._rewrite()
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add an entry, which has a `step`; nested numbers go to TensorBoard as `name/part`."""
         self.entries.append(entry)
-        with (self._folder / _LINES).open("a", encoding="utf-8") as out:
-            out.write(_line(entry))
+        with self._on_disk():
+            if self._behind:
+                self._rewrite()
+            else:
+                with (self._folder / _LINES).open("a", encoding="utf-8") as out:
+                    out.write(_line(entry))
         if self._board is not None:
             for name, value in entry.items():
                 for part, number in value.items() if isinstance(value, dict) else [("", value)]:
@@ -44,7 +55,25 @@ class Journal:
         """Draw the curve, and let go of TensorBoard's file."""
         if self._board is not None:
             self._board.close()
-        draw_curve(self.entries, self._folder / _CURVE)
+        with self._on_disk():
+            if self._behind:
+                self._rewrite()
+            draw_curve(self.entries, self._folder / _CURVE)
+
+    def _rewrite(self) -> None:
+        aside = self._folder / f".{_LINES}"
+        aside.write_text("".join(_line(entry) for entry in self.entries), encoding="utf-8")
+        aside.replace(self._folder / _LINES)
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+            self._behind = False
+        except OSError as error:
+            if not self._behind:
+                self._say(f"{self._folder} takes no more lines for now: {error.strerror}")
+            self._behind = True
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -52,13 +81,15 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The entries so far; a last line that was cut off is not one."""
+    """The entries so far; a last line that was cut off is not one, nor is a damaged one."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
     return entries
 
 

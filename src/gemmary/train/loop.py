@@ -80,7 +80,8 @@ def fit(
     done = int(state.step)
     recent: deque[float] = deque(maxlen=_RECENT)
     since: list[dict[str, jax.Array]] = []
-    with _asked_to_stop() as asked:
+    saved = done if checkpoints.newest() else -1
+    with _asked_to_stop() as asked, _nothing_half_written(checkpoints):
         started = time.perf_counter()
         while done < settings.steps and not asked.is_set():
             state, means = step(state, next(batches))
@@ -100,8 +101,9 @@ def fit(
                 since = []
                 if saves:
                     checkpoints.save(state, batches.state())
+                    saved = done
                 started = time.perf_counter()
-        if asked.is_set() and since:  # asked between two saves: the place to go on from is this one
+        if done != saved:  # asked between two saves, or before the first step: the place to go on from is this one
             _check(since, recent, done, settings.spike, checkpoints)
             checkpoints.save(state, batches.state())
         checkpoints.finish()
@@ -132,6 +134,15 @@ def _check(
             f"stopped at step {number}: the loss {what}; {where}. "
             "A lower learning rate, a longer warm-up or other data from there on may carry it over"
         )
+
+
+@contextmanager
+def _nothing_half_written(checkpoints: Checkpoints) -> Iterator[None]:
+    """Whatever ends it, a save that was begun is done: threads that an ending interpreter leaves can start none of Orbax's."""
+    try:
+        yield
+    finally:
+        checkpoints.wait()
 
 
 @contextmanager

@@ -151,12 +151,21 @@ def pretrain(
         journal.close()
     newest = checkpoints.newest()
     assert newest is not None
+    _point(folder / "model", newest / "model")
     results = {
         "checkpoint": newest.relative_to(folder).as_posix(), "steps": int(state.step), "parameters": count(config).total,
         "padding": batches.padding(), "shares": batches.shares(), "epochs": batches.epochs(),
         **({k: v for k, v in journal.entries[-1].items() if k != "step"} if journal.entries else {}),
     }  # fmt: skip
     return Pretrained(complete, newest, results)
+
+
+def _point(link: Path, target: Path) -> None:
+    """A link to the newest model, which never is not there while it is changed."""
+    aside = link.with_name(f".{link.name}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.relative_to(link.parent))
+    aside.replace(link)
 
 
 def _fits(settings: PretrainSettings, config: Config, tokenizer: Tokenizer) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import safetensors.numpy
 
 from gemmary.checkpoints.checkpoint import read_json, staged
-from gemmary.checkpoints.manifest import verify_manifest, write_manifest
+from gemmary.checkpoints.manifest import to_disk, verify_manifest, write_manifest
 from gemmary.checkpoints.native import NativeWriter, open_native
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
@@ -68,13 +68,13 @@ class Checkpoints:
         self._keep, self._say = keep, say
         self._writing: threading.Thread | None = None
         self._failed: str | None = None
+        self._damaged: set[Path] = set()
         for left in folder.glob(".step_*.partial"):  # a save that was killed
             shutil.rmtree(left, ignore_errors=True)
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint that this run knows of."""
-        steps = self._steps()
-        return steps[-1] if steps else None
+        return max(self._whole(), key=_step, default=None)
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
         """Take a copy of the state and write it in the background, after the save before it is done.
@@ -112,28 +112,34 @@ class Checkpoints:
         path = self._folder / f"step_{about['step']:08d}"
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
         try:
-            if path.exists():  # it was passed over when the run was resumed, or is this very step
-                shutil.rmtree(path)
+            if path in self._damaged:
+                shutil.rmtree(path, ignore_errors=True)
+                self._damaged.discard(path)
             with staged(path, int(1.05 * size)) as stage:
                 _write_model(stage / "model", self._config, self._tokenizer, params)
                 leaves = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(opt_state))}
                 safetensors.numpy.save_file(leaves, stage / _OPTIMIZER)
                 (stage / _STATE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
                 write_manifest(stage)
+            to_disk(self._folder)  # before older ones go
             self._failed = None
-        except (
-            Exception
-        ) as error:  # the disk's and Orbax's kinds are many; none may end a run that has good checkpoints
+        except Exception as error:  # of the disk's and Orbax's many kinds none may end a run that has good checkpoints
             line = str(error).strip().splitlines()
             self._failed = line[0][:300] if line else type(error).__name__
             self._say(f"checkpoint of step {about['step']} failed: {self._failed}")
             return
-        for old in self._steps()[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        kept = self._whole()[-self._keep :]
+        for old in self._all():
+            if old not in kept and _step(old) < about["step"]:
+                shutil.rmtree(old, ignore_errors=True)
 
-    def _steps(self) -> list[Path]:
-        found = (path for path in self._folder.glob("step_*") if path.name[5:].isdigit())
-        return sorted(found, key=lambda path: int(path.name[5:]))
+    def _all(self) -> list[Path]:
+        """Every checkpoint there is, whole or damaged, the oldest first."""
+        return sorted((path for path in self._folder.glob("step_*") if path.name[5:].isdecimal()), key=_step)
+
+    def _whole(self) -> list[Path]:
+        """Those that were not found damaged: newer ones are there where a run was resumed from before them."""
+        return [path for path in self._all() if path not in self._damaged]
 
     def restore(self, like: TrainState) -> Restored | None:
         """The newest checkpoint that verifies; None where there is none at all. `like` gives the state's form.
@@ -141,12 +147,13 @@ class Checkpoints:
         Raises GemmaryError where all are damaged, or where the run was begun with something else, by name.
         """
         damaged: list[str] = []
-        for path in reversed(self._steps()):
+        for path in reversed(self._all()):
             try:
                 verify_manifest(path)
                 about = read_json(path / _STATE)
-            except GemmaryError as error:
+            except (GemmaryError, OSError) as error:  # OSError: what cannot be read
                 damaged.append(str(error))
+                self._damaged.add(path)
                 continue
             self._check(path, about)
             return Restored(self._read(path, about, like), about["data"], path, damaged)
@@ -176,6 +183,10 @@ class Checkpoints:
         params = stack(params) if is_stacked(like.params) else params
         rng = jax.random.wrap_key_data(jnp.asarray(about["rng"], jnp.uint32))
         return TrainState(params, jax.tree.unflatten(form, stored), jnp.asarray(about["step"], jnp.int32), rng)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
 
 
 def _write_model(path: Path, config: Config, tokenizer: Tokenizer | None, params: Params) -> None:
