@@ -26,7 +26,7 @@ _BLOCK_KEYS = 1024
 # Up to this many scores per head are made directly: a decoding step at any context, or a short prompt.
 _DIRECT_SCORES = _BLOCK_QUERIES * _BLOCK_KEYS
 # Queries that stand together in `attend_among`: few enough to skip nearly half the scores, enough for a matrix product.
-_AMONG_QUERIES = 64
+_AMONG_QUERIES = 128
 
 
 # Of a row of queries: the highest score so far, the sum of exponentials below it, the values mixed by these.

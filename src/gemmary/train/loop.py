@@ -127,7 +127,8 @@ def _check(
         checkpoints.wait()
         newest = checkpoints.newest()
         where = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
-        what = f"leapt to {loss:.2f} from {usual:.2f}" if math.isfinite(loss) else f"is {loss}"
+        leapt = math.isfinite(loss) and loss > usual + spike
+        what = f"leapt to {loss:.2f} from {usual:.2f}" if leapt else f"is {loss:.2f}"
         if not math.isfinite(length):
             what += f" with a gradient of length {length}"
         raise GemmaryError(

@@ -36,6 +36,8 @@ class OptimizerSettings:
     beta2: float = 0.95
     epsilon: float = 1e-8
     momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    """Muon's, to make a matrix orthogonal: fewer are quicker and rougher."""
     weight_decay: float = 0.1
     clip: float = 1.0
     """A gradient longer than this is shortened to it; 0 never."""
@@ -43,7 +45,7 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         limits = {
             "learning_rate": (0, 10), "matrix_learning_rate": (0, 10), "warmup": (0, 1), "decay": (0, 1), "final": (0, 1),
-            "beta1": (0, 1), "beta2": (0, 1), "epsilon": (0, 1), "momentum": (0, 1), "weight_decay": (0, 10), "clip": (0, 1e9),
+            "beta1": (0, 1), "beta2": (0, 1), "epsilon": (0, 1), "momentum": (0, 1), "newton_schulz_steps": (1, 20), "weight_decay": (0, 10), "clip": (0, 1e9),
         }  # fmt: skip
         for name, (least, most) in limits.items():
             if not least <= (value := getattr(self, name)) <= most:
@@ -77,7 +79,8 @@ def optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransfor
         )  # fmt: skip
     else:
         rule = optax.contrib.muon(
-            rate(settings.matrix_learning_rate), beta=settings.momentum, weight_decay=settings.weight_decay,
+            rate(settings.matrix_learning_rate), beta=settings.momentum,
+            ns_steps=settings.newton_schulz_steps, weight_decay=settings.weight_decay,
             adam_b1=settings.beta1, adam_b2=settings.beta2, adam_learning_rate=rate(settings.learning_rate),
             muon_weight_dimension_numbers=_by_row(_sides), consistent_rms=0.2, mu_dtype=jnp.float32,
         )  # fmt: skip
