@@ -129,7 +129,8 @@ def _feed_forward(x: Float[Array, "B T D"], w: Params) -> Float[Array, "B T D"]:
     def down(gate: Array, up: Array, weight: Any) -> Array:
         return project("btf,fd->btd", jax.nn.gelu(gate, approximate=True) * up, weight)
 
-    return down(gate, up, w["mlp.down"])
+    out: Array = down(gate, up, w["mlp.down"])
+    return out
 
 
 def block(
