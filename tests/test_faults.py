@@ -64,7 +64,10 @@ def killed_runs(inputs: Path, folder: Path, unbroken: tuple[str, float], kills: 
         run = folder / f"run{counts['runs']}"
         while True:
             process = start(inputs, run, pause=PAUSE, core=seed)
-            if counts["kills"] >= kills or not _killed(process, run, rng, seconds):
+            if counts["kills"] >= kills:
+                break
+            if not _killed(process, run, rng, seconds):  # it was done before, and what it said is read: ask it again
+                process = start(inputs, run, core=seed)
                 break
             counts["kills"] += 1
             counts["inside a save"] += any((run / "checkpoints").glob(".step_*.partial"))
