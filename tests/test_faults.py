@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from disks import Disk, small_files
 from test_saving import DATA, make, make_state, names, same_state
-from training_runs import checkpoints_of, finished, make_inputs, start, until
+from training_runs import STEPS, checkpoints_of, finished, make_inputs, start, until
 
 from gemmary.checkpoints.manifest import verify_manifest
 from gemmary.errors import GemmaryError
@@ -67,6 +67,10 @@ def killed_runs(inputs: Path, folder: Path, unbroken: tuple[str, float], kills: 
             if counts["kills"] >= kills:
                 break
             if not _killed(process, run, rng, seconds):  # it was done before, and what it said is read: ask it again
+                if not process.stdout.closed:  # type: ignore[union-attr]
+                    until(process, "never")
+                    process.stdout.close()  # type: ignore[union-attr]
+                process.wait()
                 process = start(inputs, run, core=seed)
                 break
             counts["kills"] += 1
@@ -116,6 +120,17 @@ def test_killed_it_goes_on_to_the_same_end(inputs: Path, unbroken: tuple[str, fl
     assert counts["inside a save"] >= 3
 
 
+def asked_to_end(process: Any, run: Path) -> str:
+    """The last line; nothing where the signal came when all steps were done and saved, and met no handler."""
+    said = until(process, "never")
+    process.stdout.close()
+    if process.wait() == -signal.SIGTERM:
+        assert checkpoints_of(run)[-1].name == f"step_{STEPS:08d}"
+        return ""
+    assert process.returncode == 0, said
+    return said.splitlines()[-1]
+
+
 def asked_runs(inputs: Path, folder: Path, unbroken: tuple[str, float], times: int, seed: int) -> Counter[str]:
     """SIGTERM at an instant of chance: exit code 0 within 30 s, a checkpoint of that instant, and the same end."""
     rng, counts = random.Random(seed), Counter[str]()
@@ -131,7 +146,7 @@ def asked_runs(inputs: Path, folder: Path, unbroken: tuple[str, float], times: i
                 done = len(checkpoints_of(run))
                 process.send_signal(signal.SIGTERM)
                 asked = time.monotonic()
-                last = finished(process)
+                last = asked_to_end(process, run)
                 assert time.monotonic() - asked < 30
                 if last.startswith("stopped"):
                     counts["SIGTERM"] += 1
@@ -213,7 +228,8 @@ def test_the_disk_fails_at_any_operation(tmp_path: Path) -> None:
     said = operations(folder)
     kinds = {line.split()[0] for line in said}
     assert {"open", "os.mkdir", "os.rename"} <= kinds
-    places = [round(i * (len(said) - 1) / 23) for i in range(24)]
+    # Orbax does a few operations more or fewer each time: none is aimed at the last.
+    places = [round(i * 0.9 * (len(said) - 1) / 23) for i in range(24)]
     failed = 0
     for i, place in enumerate(places):
         disk = Disk(folder, place, ERRNOS[i % 3])
