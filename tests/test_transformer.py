@@ -240,20 +240,20 @@ def test_short_prompts_take_the_direct_path_and_long_ones_do_not(monkeypatch: py
 def test_what_a_backward_pass_makes_again_changes_no_gradient(form: Any) -> None:
     spec, _, config, params = small("gemma2")
     ids = jnp.asarray(tokens(24, spec.vocab))[None]
-    made_again: dict[str, int] = {}
+    programs: dict[str, str] = {}
 
     def gradient(remat: Remat) -> Params:
         def loss(params: Params) -> jax.Array:
             return (hidden(params, config, ids, remat=remat)[0] ** 2).mean()
 
         jaxpr = str(jax.make_jaxpr(jax.grad(loss))(form(params)))
-        made_again[remat] = jaxpr.count("dot_general")
+        programs[remat] = jaxpr
         return jax.jit(jax.grad(loss))(form(params))
 
     kept = gradient("none")
     for remat in ("dots", "layers"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, gradient(remat))
-    assert made_again["layers"] > max(made_again["dots"], made_again["none"])  # products of a whole layer
+    assert len(set(programs.values())) == 3  # and each is another program
 
 
 def test_initial_activations_and_logits_are_near_one() -> None:
