@@ -120,9 +120,9 @@ def test_killed_it_goes_on_to_the_same_end(inputs: Path, unbroken: tuple[str, fl
     assert counts["inside a save"] >= 3
 
 
-def asked_to_end(process: Any, run: Path) -> str:
-    """The last line; nothing where the signal came when all steps were done and saved, and met no handler."""
-    said = until(process, "never")
+def asked_to_end(process: Any, said: str, run: Path) -> str:
+    """The last line, `said` being those before; nothing where the signal came when all was done and saved, and met no handler."""
+    said += until(process, "never")
     process.stdout.close()
     if process.wait() == -signal.SIGTERM:
         assert checkpoints_of(run)[-1].name == f"step_{STEPS:08d}"
@@ -140,19 +140,19 @@ def asked_runs(inputs: Path, folder: Path, unbroken: tuple[str, float], times: i
         last = ""
         while not last.startswith("complete"):
             process = start(inputs, run, pause=2 * PAUSE, core=seed, save_every=1000)
-            until(process, "step")
+            said = until(process, "step")  # or to its end, where an earlier one had taken all steps but not said so
             if counts["SIGTERM"] < times:
                 time.sleep(rng.uniform(0, seconds / 2))
                 done = len(checkpoints_of(run))
                 process.send_signal(signal.SIGTERM)
                 asked = time.monotonic()
-                last = asked_to_end(process, run)
+                last = asked_to_end(process, said, run)
                 assert time.monotonic() - asked < 30
                 if last.startswith("stopped"):
                     counts["SIGTERM"] += 1
                     assert len(checkpoints_of(run)) == min(done + 1, 2)
                 continue
-            last = finished(process)
+            last = finished(process, said)
         assert last == word, f"seed {seed}, run {counts['runs']}"
         counts["runs"] += 1
     return counts

@@ -111,9 +111,9 @@ def until(process: subprocess.Popen[str], word: str) -> str:
     return said
 
 
-def finished(process: subprocess.Popen[str]) -> str:
-    """The last line of a program that ended well: `complete` or `stopped`, and what it came to."""
-    said = until(process, "never")
+def finished(process: subprocess.Popen[str], said: str = "") -> str:
+    """The last line of a program that ended well, `said` being what was read of it: `complete` or `stopped`, and what it came to."""
+    said += until(process, "never")
     process.stdout.close()  # type: ignore[union-attr]
     assert process.wait() == 0, said
     return said.splitlines()[-1]
