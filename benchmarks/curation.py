@@ -28,11 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document
-from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
-from datatrove.utils.text import TERMINAL_PUNCTUATION
-from datatrove.utils.word_tokenizers import WordTokenizer
 from rich.console import Console
 from rich.table import Table
+from stock_filters import OurWords, stock_filters
 
 from gemmary.data.curate import curate
 from gemmary.data.curation_report import report_table
@@ -40,32 +38,14 @@ from gemmary.data.curation_settings import CurateSettings
 from gemmary.data.curation_steps import read_lines
 from gemmary.data.filters import ProseRules, prose_fault
 from gemmary.data.sources import Source
-from gemmary.data.words import PATTERN, Words
+from gemmary.data.words import Words
 
 Texts = dict[str, str]
 
 
-class OurWords(WordTokenizer):
-    """Our words, for the stock filters."""
-
-    def word_tokenize(self, text: str) -> list[str]:
-        return PATTERN.findall(text)
-
-    def sent_tokenize(self, text: str) -> list[str]:
-        return [text]
-
-    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        return [(0, len(text))]
-
-
 def stock(language: Any) -> Callable[[Texts], list[str]]:
     """The stock chain, with the thresholds that are ours by default."""
-    ends = tuple({*TERMINAL_PUNCTUATION, *"\"'”’»)]"})
-    chain = [
-        GopherQualityFilter(max_doc_words=None, language=language),
-        GopherRepetitionFilter(language=language),
-        FineWebQualityFilter(stop_chars=ends, char_duplicates_ratio=0.1, language=language),
-    ]
+    chain = stock_filters(language)
 
     def kept(texts: Texts) -> list[str]:
         documents = (Document(text=text, id=name) for name, text in texts.items())

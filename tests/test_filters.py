@@ -6,12 +6,10 @@ import random
 
 import pytest
 from datatrove.data import Document
-from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
-from datatrove.utils.text import TERMINAL_PUNCTUATION
-from datatrove.utils.word_tokenizers import WordTokenizer
+from stock_filters import OurWords, stock_filters
 
 from gemmary.data.filters import CodeRules, ProseRules, code_fault, prose_fault, without_boilerplate
-from gemmary.data.words import PATTERN, Words
+from gemmary.data.words import Words
 
 SAME = ProseRules(min_letters=0)
 NAMES = {  # ours: datatrove's
@@ -27,29 +25,9 @@ NAMES = {  # ours: datatrove's
 }  # fmt: skip
 
 
-class Splitter(WordTokenizer):
-    """Our words for datatrove's filters."""
-
-    def word_tokenize(self, text: str) -> list[str]:
-        return PATTERN.findall(text)
-
-    def sent_tokenize(self, text: str) -> list[str]:
-        return [text]
-
-    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        return [(0, len(text))]
-
-
 @pytest.fixture(scope="module")
 def stock() -> list[object]:
-    splitter, closing = Splitter(), set("\"'”’»)]")
-    return [
-        GopherQualityFilter(max_doc_words=None, language=splitter),
-        GopherRepetitionFilter(language=splitter),
-        FineWebQualityFilter(
-            language=splitter, stop_chars=tuple(TERMINAL_PUNCTUATION | closing), char_duplicates_ratio=0.1
-        ),
-    ]
+    return stock_filters(OurWords())
 
 
 def _stock_fault(stock: list[object], text: str) -> str | None:

@@ -175,6 +175,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_model(lived: tuple[Path, Pat
     assert results["held_out"] == pytest.approx(whole["held_out"], rel=1e-4)
 
 
+def test_a_journal_that_cannot_be_written_is_said_and_ends_no_run(lived: tuple[Path, Path], tmp_path: Path) -> None:
+    path, folder = lived
+    for name in ("curate", "tokenizer", "tokens"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "pretrain" / "metrics.jsonl").mkdir(parents=True)
+    said: list[str] = []
+    assert Life(load_recipe(path), tmp_path, say=said.append).pretrain()["results"]["complete"]
+    assert len([line for line in said if "takes no more lines for now" in line]) == 1
+
+
 def test_mixtures_are_ranked(lived: tuple[Path, Path]) -> None:
     path, folder = lived
     found = Life(load_recipe(path), folder).ablate()

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 
 from gemmary.checkpoints import open_model
-from gemmary.checkpoints.checkpoint import read_json
+from gemmary.checkpoints.checkpoint import read_json, write_whole
 from gemmary.config import Config
 from gemmary.data.curate import curate, read_documents
+from gemmary.data.mixture import MixtureSettings
 from gemmary.data.tokens import Tokens, write_tokens
 from gemmary.errors import GemmaryError
 from gemmary.gemma import Gemma
@@ -101,8 +102,9 @@ class Life:
         """A model, in `pretrain/checkpoints`; `results.complete` is false where it was asked to stop."""
         tokens = self.tokens()
         settings = self.recipe.model.scaled(self.recipe.pretrain)
-        config = self.recipe.model.config(self._tokenizer().size, settings.length)
-        return self._pretrained("pretrain", settings, config, self.recipe.mixture, tokens)
+        tokenizer = self._tokenizer()
+        config = self.recipe.model.config(tokenizer.size, settings.length)
+        return self._pretrained("pretrain", settings, config, tokenizer, self.recipe.mixture, tokens)
 
     def ablate(self) -> dict[str, Any]:
         """Small models on candidate mixtures; `ranking` is from the fewest held-out bits per byte to the most."""
@@ -112,18 +114,21 @@ class Life:
         tokens = self.tokens()
         model = dataclasses.replace(self.recipe.model, preset=None, dial=wanted.dial)
         settings = model.scaled(dataclasses.replace(self.recipe.pretrain, steps=wanted.steps, evaluate_every=0))
-        config = model.config(self._tokenizer().size, settings.length)
+        tokenizer = self._tokenizer()
+        config = model.config(tokenizer.size, settings.length)
         found = []
         for candidate in wanted.candidate:
             self.say(f"ablate: {candidate.name}")
-            record = self._pretrained(f"ablate/{candidate.name}", settings, config, candidate.mixture(), tokens)
+            name = f"ablate/{candidate.name}"
+            record = self._pretrained(name, settings, config, tokenizer, candidate.mixture(), tokens)
             if not record["results"]["complete"]:
                 return {"complete": False, "ranking": []}
             held_out = record["results"].get("held_out", {})
             if not held_out:
                 raise GemmaryError("no source has held-out documents to rank by: give held_out to some")
             mean = sum(held_out.values()) / len(held_out)
-            found.append({"name": candidate.name, "mean": mean, "held_out": held_out, **_shares(record)})
+            shares = record["results"]["shares"]
+            found.append({"name": candidate.name, "mean": mean, "held_out": held_out, "shares": shares})
         found.sort(key=lambda one: one["mean"])
         result: dict[str, Any] = {
             "complete": True,
@@ -134,9 +139,15 @@ class Life:
         return result | {"ranking": found}
 
     def _pretrained(
-        self, name: str, settings: PretrainSettings, config: Config, mixture: Any, tokens: Mapping[str, Any]
+        self,
+        name: str,
+        settings: PretrainSettings,
+        config: Config,
+        tokenizer: Tokenizer,
+        mixture: MixtureSettings,
+        tokens: Mapping[str, Any],
     ) -> dict[str, Any]:
-        tokenizer, sources = self._tokenizer(), self._sources("train", mixture.names)
+        sources = self._sources("train", mixture.names)
         held_out = self._sources("held_out", [s.name for s in self.recipe.curate.source])
 
         def work(folder: Path) -> dict[str, Any]:
@@ -217,10 +228,6 @@ def _lasting(results: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in results.items() if k not in ("tokens_per_second", "mfu", "eta_seconds")}
 
 
-def _shares(record: dict[str, Any]) -> dict[str, Any]:
-    return {"shares": record["results"]["shares"]}
-
-
 def _some(texts: Iterator[str], most: int) -> Iterator[str]:
     """Texts of at most so many UTF-8 bytes together; the last is cut."""
     for text in texts:
@@ -250,7 +257,4 @@ def _sample(state: TrainState, settings: PretrainSettings, config: Config, token
 
 
 def _write(path: Path, data: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())

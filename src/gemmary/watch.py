@@ -48,11 +48,8 @@ class Watch:
 
     def report(self, entry: dict[str, Any]) -> None:
         """A journal entry of training."""
-        total = entry["step"] + round(
-            entry["eta_seconds"] * entry["tokens_per_second"] * entry["step"] / entry["tokens"]
-        )
-        line = _line(entry, total)
-        self._bar.update(self._task, completed=entry["step"], total=total, line=line)
+        line = _line(entry)
+        self._bar.update(self._task, completed=entry["step"], total=entry["total_steps"], line=line)
         stays = "held_out" in entry or "samples" in entry
         if not self._quiet and (stays or (not self._console.is_terminal and time.monotonic() - self._said > _PAUSE)):
             self._said = time.monotonic()
@@ -61,10 +58,11 @@ class Watch:
                 self._console.print(f"    {extra}", highlight=False, markup=False)
 
 
-def _line(entry: dict[str, Any], total: int) -> str:
+def _line(entry: dict[str, Any]) -> str:
     eta = int(entry["eta_seconds"])
     pace = f"{entry['tokens_per_second']:,.0f} tokens/s  MFU {entry['mfu']:.0%}  ETA {eta // 60}:{eta % 60:02d}"
-    return f"step {entry['step']}/{total}  loss {entry['loss']:.3f}  {entry['bits_per_byte']:.3f} bits/byte  {pace}"
+    loss = f"loss {entry['loss']:.3f}  {entry['bits_per_byte']:.3f} bits/byte"
+    return f"step {entry['step']}/{entry['total_steps']}  {loss}  {pace}"
 
 
 def _extras(entry: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_curate import _digests, _settings, _texts, corpus  # noqa: F401
+from test_curate import _digests, _settings, _texts, corpus  # noqa: F401 (a fixture is asked for by its name)
 
 from gemmary.data.curate import curate
 from gemmary.data.curation_settings import CurateSettings

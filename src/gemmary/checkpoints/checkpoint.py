@@ -36,6 +36,7 @@ __all__ = [
     "known_tokens",
     "read_json",
     "staged",
+    "write_whole",
 ]
 
 _JSON_BYTES = 16 << 20
@@ -184,6 +185,14 @@ def read_json(path: Path) -> Any:
         raise GemmaryError(f"{path} is missing: give a directory that holds a whole model") from None
     except (OSError, ValueError, RecursionError) as error:
         raise GemmaryError(f"{path} cannot be read as JSON ({error})") from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file aside, then rename it: whoever reads it meets the old one or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(data)
+    aside.replace(path)
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from gemmary.checkpoints.checkpoint import write_whole
 from gemmary.data.classifiers import Classifier, train_classifier
 from gemmary.data.curation_report import merged
 from gemmary.data.curation_settings import CurateSettings
-from gemmary.data.curation_steps import PARTITIONS, Decide, Filter, Recur, Write, read_lines, write_whole
+from gemmary.data.curation_steps import PARTITIONS, Decide, Filter, Recur, Write, read_lines
 from gemmary.data.decontamination import EvaluationIndex
 from gemmary.data.executors import Phase, Progress, bucket_step, run_phases, workers
 from gemmary.data.readers import needed

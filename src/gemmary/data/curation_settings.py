@@ -10,7 +10,7 @@ from gemmary.data.decontamination import EvaluationSet
 from gemmary.data.filters import CodeRules, ProseRules
 from gemmary.data.language import LANGUAGES
 from gemmary.data.sources import Source
-from gemmary.errors import GemmaryError
+from gemmary.errors import GemmaryError, check_bounds
 
 __all__ = ["CurateSettings", "Slurm"]
 
@@ -76,14 +76,11 @@ class CurateSettings:
                 raise GemmaryError(f"two of {kind} are named {min(twice)!r}: a name is given once")
         if unknown := set(self.languages) - set(LANGUAGES):
             raise GemmaryError(f"no such language as {min(unknown)!r}; there are {', '.join(LANGUAGES)}")
-        for name, least, most in (
-            ("workers", 0, 1 << 16), ("task_bytes", 0, 1 << 40), ("max_characters", 1, 100_000_000),
-            ("evaluation_words", 8, 1000), ("max_contaminated", 0, 1), ("minhash_words", 1, 100), ("minhash_buckets", 1, 256),
-            ("minhash_hashes", 1, 64), ("max_recurrence", 0, (1 << 31) - 1), ("prose_passage_words", 1, 1 << 20),
-            ("code_passage_words", 1, 1 << 20),
-        ):  # fmt: skip
-            if not least <= (value := getattr(self, name)) <= most:
-                raise GemmaryError(f"{name} is {value}; it may be {least} to {most}")
+        check_bounds(
+            self, workers=(0, 1 << 16), task_bytes=(0, 1 << 40), max_characters=(1, 100_000_000), evaluation_words=(8, 1000),
+            max_contaminated=(0, 1), minhash_words=(1, 100), minhash_buckets=(1, 256), minhash_hashes=(1, 64),
+            max_recurrence=(0, (1 << 31) - 1), prose_passage_words=(1, 1 << 20), code_passage_words=(1, 1 << 20),
+        )  # fmt: skip
 
     def passage_words(self, code: bool) -> int:
         """Words that make a line or a block a passage."""

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gemmary.checkpoints.checkpoint import write_whole
 from gemmary.data import duplicates, recitation
 from gemmary.data.classifiers import Classifier
 from gemmary.data.curation_report import Tally
@@ -36,7 +37,7 @@ from gemmary.data.readers import Broken, Document
 from gemmary.data.sources import Shard, read
 from gemmary.data.words import Hashes, Words
 
-__all__ = ["PARTITIONS", "Decide", "Filter", "Recur", "Write", "read_lines", "write_whole"]
+__all__ = ["PARTITIONS", "Decide", "Filter", "Recur", "Write", "read_lines"]
 
 PARTITIONS = 16
 """Tasks that passages are counted in, by the first bits of their hashes."""
@@ -44,14 +45,6 @@ PARTITIONS = 16
 _REMOVED = {duplicates.EXACT: "exact_duplicate", duplicates.NEAR: "near_duplicate"}
 _SPLITS = {duplicates.TRAIN: "train", duplicates.HELD_OUT: "held_out"}
 _LEAST_LEFT = 0.5  # of a document that passages were cut out of
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file aside, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(data)
-    aside.replace(path)
 
 
 def _save(path: Path, array: npt.NDArray[Any]) -> None:

@@ -21,7 +21,7 @@ from hashlib import blake2b
 
 import sentencepiece
 
-from gemmary.errors import GemmaryError
+from gemmary.errors import GemmaryError, check_bounds
 from gemmary.text.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 
 __all__ = ["TokenizerSettings", "bytes_per_token", "compression", "train_tokenizer"]
@@ -58,15 +58,10 @@ class TokenizerSettings:
     """0: one for each core. The result does not depend on it."""
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("vocab_size", _FIXED + 1, _MOST),
-            ("max_bytes", 1, 1 << 40),
-            ("character_coverage", 0.9, 1.0),
-            ("seed", 0, (1 << 63) - 1),
-            ("threads", 0, 1024),
-        ):
-            if not least <= (value := getattr(self, name)) <= most:
-                raise GemmaryError(f"tokenizer.{name} is {value}; it may be {least} to {most}")
+        check_bounds(
+            self, "tokenizer.", vocab_size=(_FIXED + 1, _MOST), max_bytes=(1, 1 << 40), character_coverage=(0.9, 1.0),
+            seed=(0, (1 << 63) - 1), threads=(0, 1024),
+        )  # fmt: skip
 
 
 def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:

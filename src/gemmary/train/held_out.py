@@ -17,19 +17,15 @@ import jax.numpy as jnp
 
 from gemmary.config import Config
 from gemmary.data.packing import Batch
-from gemmary.model.attention import Marks
-from gemmary.model.transformer import hidden
 from gemmary.params import Params
-from gemmary.train.losses import Head, next_token_loss
+from gemmary.train.losses import Head, packed_loss
 
 __all__ = ["bits_per_byte", "xz_bits_per_byte"]
 
 
 @partial(jax.jit, static_argnames=("config", "head", "dtype"))
 def _nats(params: Params, batch: Batch, config: Config, head: Head, dtype: Any) -> jax.Array:
-    tokens, targets, mask, positions, segments = map(jnp.asarray, batch)
-    x, _ = hidden(params, config, tokens, Marks(positions, segments), dtype=dtype)
-    return next_token_loss(x, params["embed"], targets, mask, head)[1]
+    return packed_loss(params, config, batch, head, dtype=dtype)[1]
 
 
 def bits_per_byte(

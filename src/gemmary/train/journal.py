@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gemmary.checkpoints.checkpoint import write_whole
 from gemmary.errors import GemmaryError
 
 __all__ = ["Journal", "draw_curve"]
@@ -61,9 +63,7 @@ class Journal:
             draw_curve(self.entries, self._folder / _CURVE)
 
     def _rewrite(self) -> None:
-        aside = self._folder / f".{_LINES}"
-        aside.write_text("".join(_line(entry) for entry in self.entries), encoding="utf-8")
-        aside.replace(self._folder / _LINES)
+        write_whole(self._folder / _LINES, "".join(_line(entry) for entry in self.entries).encode())
 
     @contextmanager
     def _on_disk(self) -> Iterator[None]:
@@ -127,6 +127,6 @@ def draw_curve(entries: list[dict[str, Any]], path: Path) -> None:
         right.legend(loc="lower right", frameon=False)  # where no curve goes: both axes begin at 0
     left.legend(loc="lower left", frameon=False)
     left.spines["top"].set_visible(False)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())

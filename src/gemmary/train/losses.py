@@ -14,9 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gemmary.config import Config
+from gemmary.data.packing import Batch
+from gemmary.model.attention import Marks
+from gemmary.model.transformer import Remat, hidden
+from gemmary.params import Params
 from gemmary.weights import project
 
-__all__ = ["Head", "chunk_size", "next_token_loss"]
+__all__ = ["Head", "chunk_size", "next_token_loss", "packed_loss"]
 
 
 class Head(NamedTuple):
@@ -48,6 +53,15 @@ def next_token_loss(
     """
     total, nats = _loss(x, embed, targets, mask, head)
     return total, jax.lax.stop_gradient(nats)
+
+
+def packed_loss(
+    params: Params, config: Config, batch: Batch, head: Head, *, dtype: Any, remat: Remat = "none"
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The same sums of a model's predictions over packed rows."""
+    tokens, targets, mask, positions, segments = map(jnp.asarray, batch)
+    x, _ = hidden(params, config, tokens, Marks(positions, segments), dtype=dtype, remat=remat)
+    return next_token_loss(x, params["embed"], targets, mask, head)
 
 
 class _Chunk(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemmary.errors import GemmaryError
+from gemmary.errors import check_bounds
 from gemmary.params import TABLE
 
 __all__ = ["OptimizerSettings", "learning_rate", "optimizer"]
@@ -43,13 +43,10 @@ class OptimizerSettings:
     """A gradient longer than this is shortened to it; 0 never."""
 
     def __post_init__(self) -> None:
-        limits = {
-            "learning_rate": (0, 10), "matrix_learning_rate": (0, 10), "warmup": (0, 1), "decay": (0, 1), "final": (0, 1),
-            "beta1": (0, 1), "beta2": (0, 1), "epsilon": (0, 1), "momentum": (0, 1), "newton_schulz_steps": (1, 20), "weight_decay": (0, 10), "clip": (0, 1e9),
-        }  # fmt: skip
-        for name, (least, most) in limits.items():
-            if not least <= (value := getattr(self, name)) <= most:
-                raise GemmaryError(f"{name} is {value}; it lies between {least} and {most:g}")
+        check_bounds(
+            self, learning_rate=(0, 10), matrix_learning_rate=(0, 10), warmup=(0, 1), decay=(0, 1), final=(0, 1), beta1=(0, 1),
+            beta2=(0, 1), epsilon=(0, 1), momentum=(0, 1), newton_schulz_steps=(1, 20), weight_decay=(0, 10), clip=(0, 1e9),
+        )  # fmt: skip
 
 
 def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:

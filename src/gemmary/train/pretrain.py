@@ -23,7 +23,7 @@ from gemmary.data.batches import Batches, mixture_batches
 from gemmary.data.mixture import MixtureSettings
 from gemmary.data.packing import Batch, held_out_batches
 from gemmary.data.tokens import Tokens, tokenizer_digest
-from gemmary.errors import GemmaryError
+from gemmary.errors import GemmaryError, check_bounds
 from gemmary.model.transformer import Remat
 from gemmary.params import count, init, unstack
 from gemmary.text.tokenizer import Tokenizer
@@ -70,12 +70,11 @@ class PretrainSettings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "length", "batch", "accumulate", "log_every", "keep", "sample_tokens"):
-            if (value := getattr(self, name)) < 1:
-                raise GemmaryError(f"{name} is {value}; it is at least 1")
-        for name in ("workers", "save_every", "evaluate_every", "sample_every", "z_loss", "spike"):
-            if (value := getattr(self, name)) < 0:
-                raise GemmaryError(f"{name} is {value}; it is at least 0")
+        one, zero = (1, None), (0, None)
+        check_bounds(
+            self, steps=one, length=one, batch=one, accumulate=one, log_every=one, keep=one, sample_tokens=one, workers=zero,
+            save_every=zero, evaluate_every=zero, sample_every=zero, z_loss=zero, spike=zero,
+        )  # fmt: skip
         if self.batch % self.accumulate:
             raise GemmaryError(f"batch is {self.batch}, which {self.accumulate} equal parts (accumulate) do not divide")
 
@@ -135,7 +134,7 @@ def pretrain(
         batches.restore(restored.data)
         state = restored.state
         say(f"going on from {restored.path.name}")
-    journal = Journal(folder, tensorboard=settings.tensorboard)
+    journal = Journal(folder, tensorboard=settings.tensorboard, say=say)
     journal.go_on_from(int(state.step))
     head = Head(_chunk(config, settings), config.final_softcap, settings.z_loss)
     loss = language_loss(config, head=head, dtype=jnp.dtype(settings.dtype), remat=settings.remat)
@@ -223,6 +222,7 @@ def _describe(
             "gradient_norm": means["gradient_norm"],
             "learning_rate": settings.optimizer.learning_rate * float(rate(step - 1)),
             "tokens": step * tokens,
+            "total_steps": settings.steps,
             "tokens_per_second": pace,
             "mfu": pace * flops / peak,
             "eta_seconds": (settings.steps - step) * seconds,

@@ -16,6 +16,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 _VERSION = 1
 
 
+@dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back: the state of a run, its place in the data, and the older or newer ones found damaged."""
+    """A checkpoint read back: the state of a run, its place in the data, and what was wrong with newer ones."""
 
-    def __init__(self, state: TrainState, data: dict[str, Any], path: Path, damaged: list[str]) -> None:
-        self.state, self.data, self.path, self.damaged = state, data, path, damaged
+    state: TrainState
+    data: dict[str, Any]
+    path: Path
+    damaged: list[str]
 
 
 class Checkpoints:

@@ -18,10 +18,9 @@ from jaxtyping import Array
 from gemmary.config import Config
 from gemmary.data.packing import Batch
 from gemmary.errors import GemmaryError
-from gemmary.model.attention import Marks
-from gemmary.model.transformer import Remat, hidden
+from gemmary.model.transformer import Remat
 from gemmary.params import Params
-from gemmary.train.losses import Head, next_token_loss
+from gemmary.train.losses import Head, packed_loss
 
 __all__ = ["Loss", "Step", "Sums", "TrainState", "init_state", "language_loss", "make_step"]
 
@@ -55,10 +54,8 @@ def language_loss(config: Config, *, head: Head, dtype: Any = jnp.float32, remat
     """Next-token prediction over packed documents; reports `loss`, in nats for each token."""
 
     def loss(params: Params, batch: Batch, rng: Array) -> Sums:
-        tokens, targets, mask, positions, segments = map(jnp.asarray, batch)
-        x, _ = hidden(params, config, tokens, Marks(positions, segments), dtype=dtype, remat=remat)
-        total, nats = next_token_loss(x, params["embed"], targets, mask, head)
-        return Sums(total, mask.sum(), {"loss": nats})
+        total, nats = packed_loss(params, config, batch, head, dtype=dtype, remat=remat)
+        return Sums(total, jnp.sum(batch.mask), {"loss": nats})
 
     return loss
 
