@@ -35,7 +35,7 @@ from gemmary.params import init, layered_names, unstack
 from gemmary.presets import nano
 from gemmary.text.training import TokenizerSettings, train_tokenizer
 from gemmary.train.losses import Head, chunk_size
-from gemmary.train.memory import keep_freed_memory
+from gemmary.train.memory import compile_lean
 from gemmary.train.optimizer import OptimizerSettings, optimizer
 from gemmary.train.step import init_state, language_loss, make_step
 
@@ -63,8 +63,7 @@ def worker(task: dict[str, Any]) -> None:
         ids = tokens[i % len(tokens)].astype(np.int32)
         return Batch(ids[:, :-1], ids[:, 1:], np.ones_like(place, np.float32), place, np.zeros_like(place))
 
-    program: Any = step.lower(state, batch(0)).compile()
-    keep_freed_memory()
+    program: Any = compile_lean(step.lower(state, batch(0)))
     print(json.dumps({"version": f"gemmary, jax {jax.__version__}"}), flush=True)
     done = 0
     for line in sys.stdin:

@@ -15,7 +15,7 @@ SOURCE = Path(gemmary.__file__).parent
 FLOORS = [
     ["errors"],
     ["config", "presets"],
-    ["mesh", "params", "weights"],
+    ["mesh", "params", "kernels", "weights"],
     ["model", "text"],
     ["checkpoints", "data"],
     ["infer"],

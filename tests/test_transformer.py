@@ -12,7 +12,7 @@ from models import run, small, step, tokens
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.model import attention
-from gemmary.model.attention import Marks, attend, attend_among, attend_directly, attend_in_blocks
+from gemmary.model.attention import Marks, attend, attend_directly, attend_in_blocks, attend_to_diagonal
 from gemmary.model.cache import init_cache
 from gemmary.model.rope import rotate, timescales, turn
 from gemmary.model.transformer import Remat, embed, forward, hidden, rms_norm
@@ -134,7 +134,7 @@ def test_attention_paths_agree(window: int | None, softcap: float | None, segmen
         np.testing.assert_allclose(blocks, direct, atol=2e-6)
     for block in (1, 16, 64):
         flat = q.transpose(0, 3, 1, 2, 4).reshape(2, length, 6, 10)
-        among = attend_among(flat, k, v, marks, window=window, softcap=softcap, block=block)
+        among = attend_to_diagonal(flat, k, v, marks, window=window, softcap=softcap, block=block)
         among = among.reshape(2, length, 2, 3, 10).transpose(0, 2, 3, 1, 4)
         np.testing.assert_allclose(among, direct, atol=2e-6)
 
@@ -153,7 +153,7 @@ def test_every_path_of_attention_has_the_same_gradient() -> None:
         return jax.grad(of, argnums=(0, 1, 2))(q, k, v)
 
     def among(q: jax.Array, k: jax.Array, v: jax.Array, query: Marks, _: Marks, **how: Any) -> jax.Array:
-        return attend_among(q[:, 0].swapaxes(1, 2), k, v, query, block=8, **how).swapaxes(1, 2)[:, None]
+        return attend_to_diagonal(q[:, 0].swapaxes(1, 2), k, v, query, block=8, **how).swapaxes(1, 2)[:, None]
 
     direct = loss(attend_directly)
     for other in (loss(attend_in_blocks, block_queries=8, block_keys=16), loss(among)):

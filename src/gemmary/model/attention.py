@@ -3,9 +3,10 @@
 What a query sees follows from positions alone, so one rule serves training, packed documents, prefill in chunks and a
 ring cache that has wrapped. A key slot with position -1 is empty; a query with position -1 is padding, and sees nothing.
 
-Three paths, equal in value: `attend_directly` makes all scores at once; `attend_among` those of tokens among themselves,
-a few queries at a time and only up to the diagonal; `attend_in_blocks` keeps one block of scores, with a running maximum
-and sum (Milakov and Gimelshein, arXiv 1805.02867), and skips blocks in which nothing is visible. Softmax is fp32 in all.
+Paths equal in value: `attend_directly` makes all scores at once; `attend_among` those of tokens among themselves, in the CPU
+kernel where it serves, else a few queries at a time and only up to the diagonal; `attend_in_blocks` keeps one block of
+scores, with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867), and skips blocks in which nothing is
+visible. Softmax is fp32 in all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["MASKED", "Marks", "attend", "attend_among", "attend_directly", "attend_in_blocks", "visible"]
+from gemmary import kernels
+
+__all__ = [
+    "MASKED",
+    "Marks",
+    "attend",
+    "attend_among",
+    "attend_directly",
+    "attend_in_blocks",
+    "attend_to_diagonal",
+    "visible",
+]
 
 MASKED = -1e30
 """The score of what may not be seen. Finite, so that a row that sees nothing is uniform and not NaN."""
@@ -25,7 +37,7 @@ _BLOCK_QUERIES = 512
 _BLOCK_KEYS = 1024
 # Up to this many scores per head are made directly: a decoding step at any context, or a short prompt.
 _DIRECT_SCORES = _BLOCK_QUERIES * _BLOCK_KEYS
-# Queries that stand together in `attend_among`: few enough to skip nearly half the scores, enough for a matrix product.
+# Queries that stand together in `attend_to_diagonal`: few enough to skip nearly half the scores, enough for a matrix product.
 _AMONG_QUERIES = 128
 
 
@@ -68,6 +80,25 @@ def attend(
 
 def attend_among(
     q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    marks: Marks,
+    *,
+    window: int | Array | None,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Attention of tokens among themselves, in the order of their documents: no token sees one that stands after it."""
+    if kernels.serves_attention(q.shape[3]) and not isinstance(window, jax.Array):
+        segments = jnp.zeros_like(marks.positions) if marks.segments is None else marks.segments
+        return kernels.attention(q, k, v, marks.positions, segments, window=window, softcap=softcap)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if q.shape[1] ** 2 > _DIRECT_SCORES:
+        return attend(q, k, v, marks, marks, window=window, softcap=softcap)
+    return attend_to_diagonal(q, k, v, marks, window=window, softcap=softcap)
+
+
+def attend_to_diagonal(
+    q: Float[Array, "B T N H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     marks: Marks,
@@ -76,10 +107,8 @@ def attend_among(
     softcap: float | None,
     block: int = _AMONG_QUERIES,
 ) -> Float[Array, "B T N H"]:
-    """Attention of tokens among themselves, in the order of their documents: no token sees one that stands after it."""
+    """The same, a block of queries at a time with all the keys that stand no later."""
     T, K = q.shape[1], k.shape[1]
-    if T * T > _DIRECT_SCORES:
-        return attend(q, k, v, marks, marks, window=window, softcap=softcap)
     ends = [min(end, T) for end in range(block, T + block, block)]
     # Split, not sliced: the gradient of a split is one concatenation, that of slices a sum over the whole for each.
     queries = jnp.split(_grouped(q, K), ends[:-1], axis=3)

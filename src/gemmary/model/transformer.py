@@ -112,7 +112,7 @@ def _attention(
     k = rotate(k, kind.turn)
     limits: dict[str, Any] = {"window": kind.window, "softcap": config.attn_softcap}
     if cache is None:
-        out = attend_among(q, k.swapaxes(1, 2), v.swapaxes(1, 2), marks, **limits)
+        out = attend_among(q, k, v, marks, **limits)
     else:
         cache = write(cache, k, v, marks.positions)
         out = attend(q, cache.k, cache.v, marks, Marks(cache.positions), **limits)

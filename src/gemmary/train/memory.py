@@ -1,5 +1,9 @@
-"""Keeping what a step has freed: on Linux a large part of a step's time on a CPU is the kernel's.
+"""Memory of a step on a CPU: little of it, and what it has freed is kept.
 
+XLA's default order of operations on a CPU is the one that could run most of them side by side; the order that needs the least
+memory takes no longer and needs half.
+
+On Linux a large part of a step's time can be the kernel's.
 A step's temporary arrays are hundreds of megabytes. glibc gives blocks of that size back to the kernel as they are freed, and
 gets them again, page by page and zeroed, in the next step: 270,000 page faults and 0.55 CPU seconds of 3.7 in a step of
 4096 tokens. Told to keep them, it has none.
@@ -9,10 +13,22 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
-__all__ = ["keep_freed_memory"]
+import jax
+
+__all__ = ["compile_lean", "keep_freed_memory"]
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of malloc.h
+
+
+def compile_lean(lowered: Any) -> Any:
+    """The compiled program of a lowered step; on a CPU the one that needs the least memory, and what it frees is kept."""
+    if jax.default_backend() != "cpu":
+        return lowered.compile()
+    program = lowered.compile(compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
+    keep_freed_memory()
+    return program
 
 
 def keep_freed_memory() -> bool:

@@ -32,7 +32,7 @@ from gemmary.train.held_out import bits_per_byte
 from gemmary.train.journal import Journal
 from gemmary.train.loop import Hook, LoopSettings, Report, fit
 from gemmary.train.losses import Head, chunk_size
-from gemmary.train.memory import keep_freed_memory
+from gemmary.train.memory import compile_lean
 from gemmary.train.optimizer import OptimizerSettings, learning_rate, optimizer
 from gemmary.train.saving import Checkpoints
 from gemmary.train.step import TrainState, init_state, language_loss, make_step
@@ -191,9 +191,7 @@ def _compiled(step: Any, state: TrainState, settings: PretrainSettings, say: Cal
     ints: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     floats: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
     started = time.perf_counter()
-    program = step.lower(state, Batch(ints, ints, floats, ints, ints)).compile()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+    program = compile_lean(step.lower(state, Batch(ints, ints, floats, ints, ints)))
     say(f"compiled in {time.perf_counter() - started:.0f} s")
     return program
 

@@ -1,0 +1,11 @@
+// Compiled once for each instruction set, with GEMMARY_NAME and GEMMARY_KERNELS as its names.
+#include "attention.h"
+
+namespace gemmary {
+
+const Kernels* GEMMARY_KERNELS() {
+  static const Kernels all_kernels = {GEMMARY_NAME, attend, attend_gradient};
+  return &all_kernels;
+}
+
+}  // namespace gemmary

@@ -1,0 +1,128 @@
+"""The CPU kernels against plain JAX, on every instruction set that this machine has, and under sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemmary import kernels
+from gemmary.model.attention import Marks, attend_among, attend_directly
+
+HERE = Path(__file__).parent
+NATIVE = HERE.parent / "src" / "gemmary" / "kernels" / "native"
+CASES = [  # B, T, N, K, H, window, softcap, documents
+    (1, 1, 2, 1, 8, None, None, 1), (2, 37, 4, 1, 64, None, None, 1), (2, 37, 4, 2, 8, None, None, 4),
+    (1, 300, 3, 3, 24, 40, None, 5), (2, 300, 4, 2, 64, None, 50.0, 6), (2, 131, 4, 2, 72, 17, 5.0, 6),
+    (3, 64, 2, 1, 256, None, None, 1), (1, 129, 6, 2, 16, 1, 2.0, 1), (2, 161, 2, 1, 32, 128, None, 2),
+]  # fmt: skip
+
+
+def marks_of(rng: np.random.Generator, B: int, T: int, documents: int) -> Marks:
+    """Packed documents of unequal lengths, the last two tokens padding where there is room."""
+    positions, segments = np.full((B, T), -1, np.int32), np.full((B, T), -1, np.int32)
+    end = T - 2 if T > 4 else T
+    for row in range(B):
+        cuts = np.sort(rng.choice(np.arange(1, end), documents - 1, replace=False)) if documents > 1 else []
+        start = 0
+        for i, cut in enumerate([*cuts, end]):
+            positions[row, start:cut], segments[row, start:cut] = np.arange(cut - start), i
+            start = cut
+    return Marks(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def plain(q, k, v, marks, window, softcap):  # type: ignore[no-untyped-def]
+    """All scores at once, in the order of the tokens; what sees nothing is 0."""
+    B, T, N, H = q.shape
+    grouped = q.reshape(B, T, k.shape[2], -1, H).transpose(0, 2, 3, 1, 4)
+    out = attend_directly(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), marks, marks, window=window, softcap=softcap)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return jnp.where((marks.positions >= 0)[..., None, None], out, 0)
+
+
+@pytest.mark.parametrize(("B", "T", "N", "K", "H", "window", "softcap", "documents"), CASES)
+def test_attention_and_its_gradients_are_those_of_plain_jax(B, T, N, K, H, window, softcap, documents) -> None:  # type: ignore[no-untyped-def]
+    assert kernels.serves_attention(H), "this machine's kernels are not built: is there a C++ compiler?"
+    rng = np.random.default_rng(T)
+    q, k, v, d = (
+        jnp.asarray(rng.standard_normal((B, T, heads, H)) * scale, jnp.float32)
+        for heads, scale in ((N, 2 * H**-0.5), (K, 1.0), (K, 1.0), (N, 1.0))
+    )
+    marks = marks_of(rng, B, T, documents)
+    ours = jax.vjp(lambda *x: attend_among(*x, marks, window=window, softcap=softcap), q, k, v)
+    theirs = jax.vjp(lambda *x: plain(*x, marks, window, softcap), q, k, v)
+    assert float(jnp.abs(ours[0] - theirs[0]).max()) < 1e-5
+    for mine, other in zip(ours[1](d), theirs[1](d), strict=True):
+        assert float(jnp.abs(mine - other).max()) < 1e-5 * max(1.0, float(jnp.abs(other).max()))
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    q = jnp.full((1, 40, 2, 16), 30.0)
+    k = jnp.concatenate([jnp.full((1, 20, 1, 16), -30.0), jnp.full((1, 20, 1, 16), 30.0)], axis=1)
+    v = jnp.arange(40.0)[None, :, None, None] * jnp.ones((1, 40, 1, 16))
+    marks = Marks(jnp.arange(40)[None])
+    out, gradient = jax.vjp(lambda q, k, v: attend_among(q, k, v, marks, window=None, softcap=None), q, k, v)
+    assert np.allclose(out[0, :20, 0, 0], np.arange(20) / 2, atol=1e-4)  # all keys are equally far
+    assert np.allclose(out[0, 20:, 0, 0], 20 + np.arange(20) / 2, atol=1e-4)  # the later ones are all there is
+    assert all(bool(jnp.isfinite(g).all()) for g in gradient(jnp.ones_like(out)))
+
+
+def test_a_value_that_is_no_number_stays_one() -> None:
+    q, k, v = jnp.ones((1, 8, 1, 8)), jnp.ones((1, 8, 1, 8)).at[0, 3, 0, 0].set(jnp.nan), jnp.ones((1, 8, 1, 8))
+    out = attend_among(q, k, v, Marks(jnp.arange(8)[None]), window=None, softcap=None)
+    assert bool(jnp.isfinite(out[0, :3]).all())
+    assert bool(jnp.isnan(out[0, 3:]).all())
+
+
+def test_bfloat16_is_attended_to_in_float32() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 50, n, 32)), jnp.bfloat16) for n in (4, 2, 2))
+    marks = Marks(jnp.arange(50)[None])
+    out = attend_among(q, k, v, marks, window=None, softcap=None)
+    wide = attend_among(*(x.astype(jnp.float32) for x in (q, k, v)), marks, window=None, softcap=None)
+    assert out.dtype == jnp.bfloat16
+    assert bool((out == wide.astype(jnp.bfloat16)).all())
+
+
+def test_the_narrower_instructions_give_the_same() -> None:
+    """The tests above once more, with the second best instruction set that this machine has."""
+    if kernels.instructions() != "avx512":
+        assert kernels.instructions() in ("avx2", "native")  # the only one here, tested above
+        return
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "plain_jax or overflow or no_number"]
+    done = subprocess.run(
+        command, env=os.environ | {"GEMMARY_INSTRUCTIONS": "avx2"}, capture_output=True, text=True, cwd=HERE.parent
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"{len(CASES) + 2} passed" in done.stdout
+    probe = "from gemmary import kernels; print(kernels.instructions())"
+    said = subprocess.run(
+        [sys.executable, "-c", probe], env=os.environ | {"GEMMARY_INSTRUCTIONS": "avx2"}, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == "avx2"
+
+
+def test_nothing_is_read_or_written_outside(tmp_path: Path) -> None:
+    """The kernels as a program of their own, under the address and undefined-behaviour sanitizers."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    assert compiler, "the kernels are built with a C++ compiler; so is this test"
+    program = tmp_path / "check"
+    name = {"avx512": "avx512", "avx2": "avx2"}.get(str(kernels.instructions()), "native")
+    flags = {"avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], "avx2": ["-mavx2", "-mfma"]}
+    command = [
+        compiler, "-std=gnu++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi",
+        *flags.get(name, []), f"-DGEMMARY_KERNELS={name}_kernels", f'-DGEMMARY_NAME="{name}"', f"-I{NATIVE}",
+        str(NATIVE / "kernels.cc"), str(HERE / "native" / "check.cc"), "-o", str(program), "-pthread",
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "60 shapes" in done.stdout
