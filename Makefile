@@ -5,7 +5,7 @@ PROMPT ?= The method returns
 
 .PHONY: demo test check format test-release peers clean
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml CMakeLists.txt $(wildcard src/gemmary/kernels/native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[sample,data,tensorboard,test]'

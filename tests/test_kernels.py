@@ -91,17 +91,39 @@ def test_bfloat16_is_attended_to_in_float32() -> None:
     assert bool((out == wide.astype(jnp.bfloat16)).all())
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_few_rows_times_a_matrix(rows: int, turned: bool, dtype: object) -> None:
+    rng = np.random.default_rng(rows)
+    for k, n in ((1, 1), (5, 3), (37, 19), (64, 33), (640, 300)):
+        assert kernels.serves_rows(rows, dtype)
+        x, d = (jnp.asarray(rng.standard_normal((rows, side)), jnp.float32) for side in (k, n))
+        w = jnp.asarray(rng.standard_normal((n, k) if turned else (k, n)), dtype)
+        out, gradient = jax.vjp(lambda x, w, turned=turned: kernels.few_rows(x, w, turned), x, w)
+        matrix = np.asarray(w, np.float64).T if turned else np.asarray(w, np.float64)
+        np.testing.assert_allclose(out, np.asarray(x, np.float64) @ matrix, atol=2e-5 * k**0.5)
+        dx, dw = gradient(d)
+        np.testing.assert_allclose(dx, np.asarray(d) @ matrix.T, atol=2e-5 * n**0.5)
+        wanted = np.asarray(d).T @ np.asarray(x) if turned else np.asarray(x).T @ np.asarray(d)
+        np.testing.assert_allclose(
+            np.asarray(dw, np.float32), wanted, atol=1e-4, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5
+        )
+    assert not kernels.serves_rows(9, dtype)
+    assert not kernels.serves_rows(rows, jnp.int8)
+
+
 def test_the_narrower_instructions_give_the_same() -> None:
     """The tests above once more, with the second best instruction set that this machine has."""
     if kernels.instructions() != "avx512":
         assert kernels.instructions() in ("avx2", "native")  # the only one here, tested above
         return
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "plain_jax or overflow or no_number"]
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "plain_jax or overflow or no_number or few_rows"]
     done = subprocess.run(
         command, env=os.environ | {"GEMMARY_INSTRUCTIONS": "avx2"}, capture_output=True, text=True, cwd=HERE.parent
     )
     assert done.returncode == 0, done.stdout
-    assert f"{len(CASES) + 2} passed" in done.stdout
+    assert f"{len(CASES) + 22} passed" in done.stdout
     probe = "from gemmary import kernels; print(kernels.instructions())"
     said = subprocess.run(
         [sys.executable, "-c", probe], env=os.environ | {"GEMMARY_INSTRUCTIONS": "avx2"}, capture_output=True, text=True
@@ -117,7 +139,7 @@ def test_nothing_is_read_or_written_outside(tmp_path: Path) -> None:
     name = {"avx512": "avx512", "avx2": "avx2"}.get(str(kernels.instructions()), "native")
     flags = {"avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], "avx2": ["-mavx2", "-mfma"]}
     command = [
-        compiler, "-std=gnu++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi",
+        compiler, "-std=gnu++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi",
         *flags.get(name, []), f"-DGEMMARY_KERNELS={name}_kernels", f'-DGEMMARY_NAME="{name}"', f"-I{NATIVE}",
         str(NATIVE / "kernels.cc"), str(HERE / "native" / "check.cc"), "-o", str(program), "-pthread",
     ]  # fmt: skip

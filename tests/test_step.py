@@ -103,7 +103,7 @@ def test_a_step_learns_and_does_not_see_other_documents() -> None:
 
 # Changing these numbers is legitimate where initial values, the loss, the rule or the model's arithmetic are meant to
 # change; the commit says which. They are this code's own: what they guard against is a change that nobody meant.
-GOLDEN = {"loss": [5.444615, 5.139079, 5.171320], "gradient_norm": [3.155349, 2.852614, 2.843391]}
+GOLDEN = {"loss": [5.444615, 5.139079, 5.171320], "gradient_norm": [3.155349, 2.852614, 2.842149]}
 
 
 def test_three_steps_are_pinned() -> None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gemmary import kernels
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, Params, Spec
 
@@ -110,7 +111,7 @@ def project(equation: str, x: Float[Array, ...], w: Weight, *, dtype: Any = None
 
 
 def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Array:
-    """The product itself, in plain XLA. A CPU kernel for narrow weights is called from here and nowhere else.
+    """The product itself: of few rows in the CPU kernel where it serves, else in plain XLA.
 
     The axes summed over lead or trail in every weight, so each product is one of two matrices: on a CPU XLA is six times
     slower over several axes than over the same ones folded. It also multiplies bf16 and int8 in scalar loops there; both
@@ -127,8 +128,10 @@ def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Arr
     compute = x.dtype
     if jax.default_backend() == "cpu" and compute == jnp.bfloat16:
         compute = jnp.dtype(jnp.float32)
-    x, w = x.reshape(-1, size).astype(compute), w.reshape((size, -1) if leads else (-1, size)).astype(compute)
-    wide = jnp.promote_types(dtype, compute)
+    x, w = x.reshape(-1, size).astype(compute), w.reshape((size, -1) if leads else (-1, size))
+    if kernels.serves_rows(len(x), w.dtype) and compute == jnp.float32:
+        return kernels.few_rows(x, jnp.asarray(w), not leads).reshape(*rows, *kept).astype(dtype)
+    w, wide = w.astype(compute), jnp.promote_types(dtype, compute)
     product = _one_row(x, w, leads, wide) if len(x) == 1 else None
     if product is None:
         axes = (((1,), (0 if leads else 1,)), ((), ()))

@@ -110,7 +110,7 @@ class Engine:
         for start in range(0, len(ids) - 1, self.chunk):
             tokens, positions = _padded([ids], start, min(self.chunk, _rounded(len(ids) - start)))
             targets, _ = _padded([ids], start + 1, tokens.shape[1])
-            out, cache = _score(self.config, self.dtype, self.params, cache, tokens, positions, targets)
+            out, cache = _score(self.config, self.dtype, start == 0, self.params, cache, tokens, positions, targets)
             scores.append(np.asarray(out)[0, : len(ids) - 1 - start])
         return np.concatenate(scores) if scores else np.zeros(0, np.float32)
 
@@ -122,7 +122,7 @@ class Engine:
         ends = jnp.asarray([len(prompt) - 1 for prompt in prompts], jnp.int32)
         for start in range(0, longest, self.chunk):
             tokens, positions = _padded(prompts, start, min(self.chunk, _rounded(longest - start)))
-            last, cache = _read(self.config, self.dtype, self.params, cache, tokens, positions, last, ends)
+            last, cache = _read(self.config, self.dtype, start == 0, self.params, cache, tokens, positions, last, ends)
         return cache, last
 
     def _check(
@@ -163,10 +163,11 @@ def _padded(prompts: Sequence[Sequence[int]], start: int, width: int) -> tuple[j
     return jnp.asarray(tokens), jnp.asarray(positions)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 7))
 def _read(
     config: Config,
     dtype: Any,
+    first: bool,
     params: Params,
     cache: Cache,
     tokens: jax.Array,
@@ -175,7 +176,7 @@ def _read(
     ends: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Read a chunk; rows whose prompt ends in it give their last hidden state."""
-    x, written = hidden(params, config, tokens, Marks(positions), cache, dtype=dtype)
+    x, written = hidden(params, config, tokens, Marks(positions), cache, first=first, dtype=dtype)
     assert written is not None
     index = jnp.argmax(positions == ends[:, None], axis=1)
     here = (positions == ends[:, None]).any(axis=1)
@@ -228,10 +229,11 @@ def _next(
     return _draw(config, num_tokens, top, params, x[:, 0], seen, at, rows), written
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
 def _score(
     config: Config,
     dtype: Any,
+    first: bool,
     params: Params,
     cache: Cache,
     tokens: jax.Array,
@@ -239,7 +241,7 @@ def _score(
     targets: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Log-probabilities of the targets after each token of a chunk, the vocabulary taken 64 positions at a time."""
-    x, written = hidden(params, config, tokens, Marks(positions), cache, dtype=dtype)
+    x, written = hidden(params, config, tokens, Marks(positions), cache, first=first, dtype=dtype)
     assert written is not None
     width = math.gcd(64, x.shape[1])
 

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = ["attention", "instructions", "serves_attention"]
+__all__ = ["attention", "few_rows", "instructions", "serves_attention", "serves_rows"]
 
 _LIBRARY = "libgemmary_kernels.so"
 _HEAD = 8
 """Head sizes that attention takes are multiples of it."""
+_ROWS = 8
+"""Up to so many rows the time of a product is that of reading the matrix."""
 
 
 @functools.cache
@@ -40,7 +42,7 @@ def instructions() -> str | None:
     name: bytes | None = library.gemmary_instructions()
     if name is None:
         return None
-    for target in ("gemmary_attend", "gemmary_attend_gradient"):
+    for target in ("gemmary_rows", "gemmary_attend", "gemmary_attend_gradient"):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return name.decode()
 
@@ -48,6 +50,37 @@ def instructions() -> str | None:
 def serves_attention(head_dim: int) -> bool:
     """Whether `attention` can be called. Of several CPU devices each computes all of it: XLA cannot split foreign code."""
     return jax.default_backend() == "cpu" and head_dim % _HEAD == 0 and instructions() is not None
+
+
+def serves_rows(rows: int, dtype: Any) -> bool:
+    """Whether `few_rows` can be called for so many rows and a matrix of that dtype."""
+    narrow = rows <= _ROWS and dtype in (jnp.float32, jnp.bfloat16)
+    return narrow and jax.default_backend() == "cpu" and instructions() is not None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def few_rows(x: Float[Array, "M K"], w: Float[Array, ...], turned: bool) -> Float[Array, "M N"]:
+    """x w, in fp32, for a w of [K, N], or of [N, K] if `turned`; w is read once, as it is stored."""
+    columns = w.shape[0 if turned else 1]
+    like = jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32)
+    out: Array = jax.ffi.ffi_call("gemmary_rows", like, vmap_method="sequential")(
+        x.astype(jnp.float32), w, turned=turned
+    )
+    return out
+
+
+def _rows_forward(x: Array, w: Array, turned: bool) -> tuple[Array, tuple[Array, Array]]:
+    return few_rows(x, w, turned), (x, w)
+
+
+def _rows_backward(turned: bool, kept: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    x, w = kept
+    wide = w.astype(jnp.float32)
+    dw = d.T @ x if turned else x.T @ d
+    return (d @ (wide if turned else wide.T)).astype(x.dtype), dw.astype(w.dtype)
+
+
+few_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def attention(

@@ -38,9 +38,9 @@ Remat = Literal["none", "dots", "layers"]
 _REMAT: dict[Remat, Callable[..., Any]] = {
     "none": lambda layer: layer,
     "dots": partial(
-        jax.checkpoint, static_argnums=(3,), policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint, static_argnums=(3, 6), policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
-    "layers": partial(jax.checkpoint, static_argnums=(3,)),
+    "layers": partial(jax.checkpoint, static_argnums=(3, 6)),
 }
 
 
@@ -80,7 +80,7 @@ def _scan(
 
     def body(x: Array, at: tuple[Params, Any, Any]) -> tuple[Array, None]:
         w, window, scale = at
-        return layer(x, w, _Kind(window, turn(marks.positions, scale)), config, marks)[0], None
+        return layer(x, w, _Kind(window, turn(marks.positions, scale)), config, marks, None, False)[0], None
 
     return jax.lax.scan(body, x, (layers, windows, scales))[0]
 
@@ -100,7 +100,13 @@ def embed(params: Params, config: Config, tokens: Int[Array, "B T"], dtype: Any)
 
 
 def _attention(
-    x: Float[Array, "B T D"], w: Params, kind: _Kind, config: Config, marks: Marks, cache: LayerCache | None
+    x: Float[Array, "B T D"],
+    w: Params,
+    kind: _Kind,
+    config: Config,
+    marks: Marks,
+    cache: LayerCache | None,
+    first: bool,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     q = project("btd,dnh->btnh", x, w["attn.q"])
     k = project("btd,dkh->btkh", x, w["attn.k"])
@@ -111,10 +117,11 @@ def _attention(
     q = rotate(q, kind.turn) * jnp.asarray(config.query_scale, q.dtype)
     k = rotate(k, kind.turn)
     limits: dict[str, Any] = {"window": kind.window, "softcap": config.attn_softcap}
-    if cache is None:
+    if cache is not None:
+        cache = write(cache, k, v, marks.positions)
+    if cache is None or first:
         out = attend_among(q, k, v, marks, **limits)
     else:
-        cache = write(cache, k, v, marks.positions)
         out = attend(q, cache.k, cache.v, marks, Marks(cache.positions), **limits)
     return project("btnh,nhd->btd", out, w["attn.o"]), cache
 
@@ -134,10 +141,16 @@ def _feed_forward(x: Float[Array, "B T D"], w: Params) -> Float[Array, "B T D"]:
 
 
 def block(
-    x: Float[Array, "B T D"], w: Params, kind: _Kind, config: Config, marks: Marks, cache: LayerCache | None = None
+    x: Float[Array, "B T D"],
+    w: Params,
+    kind: _Kind,
+    config: Config,
+    marks: Marks,
+    cache: LayerCache | None = None,
+    first: bool = False,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     """One layer: attention and feed-forward, each on a normed input, added back (after a second norm where the config has it)."""
-    out, cache = _attention(rms_norm(x, w["pre_attn_norm"], config.norm_eps), w, kind, config, marks, cache)
+    out, cache = _attention(rms_norm(x, w["pre_attn_norm"], config.norm_eps), w, kind, config, marks, cache, first)
     if config.post_norms:
         out = rms_norm(out, w["post_attn_norm"], config.norm_eps)
     x = x + out
@@ -154,13 +167,15 @@ def hidden(
     marks: Marks | None = None,
     cache: Cache | None = None,
     *,
+    first: bool = False,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """The last layer's output, normed, and the cache with these tokens in it.
 
     `marks` gives each token's position (default: 0, 1, 2, …) and, for packed documents, its segment. With a cache,
-    layers must be unstacked and tokens at most its chunk. `remat` says what a backward pass makes again instead of
+    layers must be unstacked and tokens at most its chunk; `first` says that it is empty, so that the tokens have only
+    themselves to see. `remat` says what a backward pass makes again instead of
     keeping: nothing, all but the layers' matrix products ("dots"), or whole layers ("layers"). Raises GemmaryError for
     fp16 activations.
     """
@@ -175,7 +190,7 @@ def hidden(
     written = []
     for i, kind in enumerate(_kinds(config, marks.positions)):
         w = {name: weight[i] for name, weight in layers.items()}
-        x, new = layer(x, w, kind, config, marks, cache[i] if cache is not None else None)
+        x, new = layer(x, w, kind, config, marks, cache[i] if cache is not None else None, first)
         written.append(new)
     x = rms_norm(x, params["final_norm"], config.norm_eps)
     return x, tuple(written) if cache is not None else None

@@ -1,10 +1,11 @@
 // Compiled once for each instruction set, with GEMMARY_NAME and GEMMARY_KERNELS as its names.
 #include "attention.h"
+#include "rows.h"
 
 namespace gemmary {
 
 const Kernels* GEMMARY_KERNELS() {
-  static const Kernels all_kernels = {GEMMARY_NAME, attend, attend_gradient};
+  static const Kernels all_kernels = {GEMMARY_NAME, rows, attend, attend_gradient};
   return &all_kernels;
 }
 

@@ -25,8 +25,18 @@ struct Attention {
   const float *q, *k, *v;               // [batch, tokens, heads or kv_heads, head_dim]
 };
 
+// y [m, n] = x [m, k] w, for few rows; w is [k, n], or turned [n, k], of float or bfloat16.
+struct Rows {
+  int64_t m, n, k;
+  const float* x;
+  const void* w;
+  bool bfloat16, turned;
+  float* y;
+};
+
 struct Kernels {
   const char* name;
+  void (*rows)(Pool&, const Rows&);
   // Fills out like q, and for each query the logarithm of its softmax's sum, [batch, heads, tokens].
   void (*attend)(Pool&, const Attention&, float* out, float* log_sum);
   // Fills dq, dk and dv from the gradient of out.

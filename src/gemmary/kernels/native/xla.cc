@@ -72,6 +72,17 @@ const Kernels* chosen() {
   return best;
 }
 
+ffi::Error rows(ffi::ThreadPool threads, Values x, ffi::AnyBuffer w, Result y, bool turned) {
+  const auto a = x.dimensions(), b = w.dimensions(), c = y->dimensions();
+  const bool bfloat16 = w.element_type() == ffi::BF16;
+  if (a.size() != 2 || b.size() != 2 || c.size() != 2 || a[0] != c[0] || a[1] != b[turned] || c[1] != b[!turned] ||
+      !(bfloat16 || w.element_type() == ffi::F32))
+    return ffi::Error::InvalidArgument("rows: the sides do not fit");
+  XlaPool pool(threads);
+  chosen()->rows(pool, {a[0], c[1], a[1], x.typed_data(), w.untyped_data(), bfloat16, turned, y->typed_data()});
+  return ffi::Error::Success();
+}
+
 template <typename A, typename B>
 bool alike(A& a, B& b) {
   const auto x = a.dimensions(), y = b.dimensions();
@@ -125,6 +136,14 @@ extern "C" const char* gemmary_instructions() {
   const gemmary::Kernels* const best = gemmary::chosen();
   return best == nullptr ? nullptr : best->name;
 }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_rows, gemmary::rows,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<gemmary::Values>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<bool>("turned"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_attend, gemmary::attend,
                               xla::ffi::Ffi::Bind()
