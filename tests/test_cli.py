@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from small_models import CONFIGS, values_of, write_native
 
+from gemmary import kernels
 from gemmary.cli import main
 from gemmary.text import Tokenizer
 
@@ -100,7 +101,12 @@ def test_convert_quantize_generate(shell: Shell, small: str, tmp_path: Path) -> 
 
 
 def test_version(shell: Shell) -> None:
-    assert shell.run("--version")[:2] == (0, "gemmary 0.1.0\n")
+    assert shell.run("--version")[:2] == (0, f"gemmary 0.1.0, CPU kernels: {kernels.instructions()}\n")
+
+
+def test_version_says_where_plain_xla_serves(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "instructions", lambda: None)
+    assert shell.run("--version")[1] == "gemmary 0.1.0, CPU kernels: none, plain XLA serves\n"
 
 
 MISTAKES: list[tuple[tuple[str, ...], str]] = [

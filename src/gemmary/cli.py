@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 import gemmary
+from gemmary import kernels
 from gemmary.chat import converse
 from gemmary.checkpoints import FORMATS, convert, open_model, quantize_model
 from gemmary.errors import GemmaryError
@@ -194,7 +195,7 @@ _lived("ablate", "Train small models on a recipe's candidate mixtures and rank t
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        print(f"gemmary {gemmary.__version__}")
+        print(f"gemmary {gemmary.__version__}, CPU kernels: {kernels.instructions() or 'none, plain XLA serves'}")
         raise typer.Exit
 
 
