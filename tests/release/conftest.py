@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--peers", metavar="PYTHON", help="the Python of an environment with transformers, torch and llama-cpp-python"
     )
-    parser.addoption("--kills", type=int, default=20, help="how often training is killed; 500 takes half an hour")
+    parser.addoption("--kills", type=int, default=500, help="how often training is killed; 500 takes half an hour")
     parser.addoption(
         "--data", type=Path, metavar="PATH", help="a folder with documents/ and hub/, as test_curation_release.py says"
     )
