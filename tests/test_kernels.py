@@ -136,7 +136,7 @@ def test_nothing_is_read_or_written_outside(tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     assert compiler, "the kernels are built with a C++ compiler; so is this test"
     program = tmp_path / "check"
-    name = {"avx512": "avx512", "avx2": "avx2"}.get(str(kernels.instructions()), "native")
+    name = kernels.instructions() or "native"
     flags = {"avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], "avx2": ["-mavx2", "-mfma"]}
     command = [
         compiler, "-std=gnu++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi",

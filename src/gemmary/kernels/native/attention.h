@@ -223,8 +223,7 @@ inline void products_of_out(const Head& head, const float* out, const float* d_o
     Floats sum{};
     int64_t h = 0;
     for (; h + kWidth <= head.H; h += kWidth) sum += load(out + at + h) * load(d_out + at + h);
-    float total = 0;
-    for (int lane = 0; lane < kWidth; ++lane) total += sum[lane];
+    float total = sum_of(sum);
     for (; h < head.H; ++h) total += out[at + h] * d_out[at + h];
     to[i] = total;
   }

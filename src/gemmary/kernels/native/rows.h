@@ -29,12 +29,6 @@ inline float wide_one(uint16_t x) {
   return v;
 }
 
-inline float sum_of(Floats v) {
-  float total = 0;
-  for (int lane = 0; lane < kWidth; ++lane) total += v[lane];
-  return total;
-}
-
 // Columns [first, last) of `count` rows, w as [n, k]: each result is a product of two rows, four of w's at a time.
 template <typename T, int count>
 void by_outputs(const Rows& r, const T* w, int64_t row, int64_t first, int64_t last) {

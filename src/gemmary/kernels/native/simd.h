@@ -47,6 +47,12 @@ inline Floats all(float x) { return x - Floats{}; }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+inline float sum_of(Floats v) {
+  float total = 0;
+  for (int lane = 0; lane < kWidth; ++lane) total += v[lane];
+  return total;
+}
+
 // e to the x, for x up to 88; 0 from -87 on down. The argument is cut to r = x - n ln 2, |r| <= ln 2 / 2, whose series to
 // the seventh power is within two units in the last place; n goes into the exponent's bits.
 inline Floats exponential(Floats x) {

@@ -104,8 +104,7 @@ ffi::Error attend(ffi::ThreadPool threads, Values q, Values k, Values v, Numbers
                   Result out, Result log_sum, int64_t window, float softcap) {
   const auto made = attention(q, k, v, positions, segments, window, softcap);
   if (made.has_error()) return made.error();
-  if (out->element_count() != q.element_count() ||
-      int64_t(log_sum->element_count()) != made->batch * made->heads * made->tokens)
+  if (!alike(*out, q) || int64_t(log_sum->element_count()) != made->batch * made->heads * made->tokens)
     return ffi::Error::InvalidArgument("attention: the results do not fit");
   XlaPool pool(threads);
   chosen()->attend(pool, *made, out->typed_data(), log_sum->typed_data());
