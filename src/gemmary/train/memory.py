@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["compile_lean", "keep_freed_memory"]
+__all__ = ["compile_lean"]
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of malloc.h
 
@@ -28,11 +28,11 @@ def compile_lean(lowered: Any) -> Any:
     if jax.default_backend() != "cpu":
         return lowered.compile()
     program = lowered.compile(compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
-    keep_freed_memory()
+    _keep_freed_memory()
     return program
 
 
-def keep_freed_memory() -> bool:
+def _keep_freed_memory() -> bool:
     """Have glibc keep freed memory from now on; False where the C library is another one.
 
     To be called when what precedes a long run is done: what compiling needed would be kept as well.
