@@ -36,8 +36,9 @@ from gemmary.presets import nano
 from gemmary.text.training import TokenizerSettings, train_tokenizer
 from gemmary.train.losses import Head, chunk_size
 from gemmary.train.memory import compile_lean
+from gemmary.train.objectives import language_loss
 from gemmary.train.optimizer import OptimizerSettings, optimizer
-from gemmary.train.step import init_state, language_loss, make_step
+from gemmary.train.step import init_state, make_step
 
 HERE, RATE, DECAY = Path(__file__).parent, 1e-3, 0.1
 

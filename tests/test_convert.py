@@ -14,11 +14,12 @@ import pytest
 from models import run
 from small_models import CONFIGS, same_weights, values_of, write_native
 
+from gemmary.adapters import adapt, merge
 from gemmary.checkpoints import convert, open_model, quantize_model
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, Params
 from gemmary.text import Tokenizer
-from gemmary.weights import Int4, Int8, LoRA, adapt, dequantize, merge, quantize_weight
+from gemmary.weights import Int4, Int8, LoRA, dequantize, quantize_weight
 
 Made = dict[str, tuple[Path, dict[tuple[str, int], np.ndarray]]]
 

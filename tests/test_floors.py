@@ -15,11 +15,12 @@ SOURCE = Path(gemmary.__file__).parent
 FLOORS = [
     ["errors"],
     ["config", "presets"],
-    ["mesh", "params", "kernels", "weights"],
+    ["mesh", "params", "kernels", "weights", "adapters"],
     ["model", "text"],
     ["checkpoints", "data"],
     ["infer"],
     ["train"],
+    ["evaluate"],
     ["gemma", "inspect", "chat"],
     ["recipe", "stages", "watch"],
     ["cli"],
@@ -28,18 +29,20 @@ ROOMS = {
     "model": ["rope", "attention", "cache", "transformer"],
     "text": ["vocabulary", "writers", "tokenizer", "dialogue", "training"],
     "checkpoints": [
-        "names", "checkpoint", "manifest", "safetensors_file", "gguf_file", "torch_file", "orbax_file", "native", "huggingface", "gguf",
-        "google", "convert", "open",
+        "names", "checkpoint", "manifest", "safetensors_file", "gguf_file", "torch_file", "orbax_file", "native", "huggingface",
+        "peft", "gguf", "google", "convert", "open",
     ],
     "data": [
         "words", "language", "filters", "privacy", "readers", "arithmetic", "standard_library", "sources", "classifiers",
         "decontamination", "duplicates", "recitation", "curation_settings", "curation_report", "curation_steps", "executors",
-        "curate", "tokens", "packing", "mixture", "batches",
+        "curate", "library_facts", "lessons", "conversations", "instructions", "tokens", "packing", "turns", "mixture", "batches",
     ],
     "infer": ["sampling", "engine"],
     "train": [
-        "memory", "flops", "losses", "optimizer", "step", "held_out", "journal", "saving", "loop", "pretrain",
+        "memory", "flops", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "loop", "run", "pretrain", "finetune",
+        "sft", "reward", "rollouts", "rewards", "rlhf", "dpo",
     ],
+    "evaluate": ["harness", "assertions", "sandbox"],
 }  # fmt: skip
 # Doors of the package and of its rooms: they gather names and have no place of their own.
 GATHERING = {
@@ -50,6 +53,7 @@ GATHERING = {
     "gemmary.infer",
     "gemmary.data",
     "gemmary.train",
+    "gemmary.evaluate",
 }
 
 
@@ -115,20 +119,24 @@ def _verbs(tree: ast.Module) -> set[str]:
 
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "subprocess", "torch"}
+# Generated code runs in a process of its own, behind namespaces and limits; this is the one module that starts it.
+SUBPROCESS = {"gemmary.evaluate.sandbox"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "Popen", "import_module"}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_code_comes_from_data(module: str) -> None:
+    allowed = {"subprocess", "Popen"} if module in SUBPROCESS else set()
+    forbidden = FORBIDDEN_MODULES - allowed
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            assert not {alias.name.split(".")[0] for alias in node.names} & FORBIDDEN_MODULES
+            assert not {alias.name.split(".")[0] for alias in node.names} & forbidden
         elif isinstance(node, ast.ImportFrom):
-            assert (node.module or "").split(".")[0] not in FORBIDDEN_MODULES
+            assert (node.module or "").split(".")[0] not in forbidden
         elif isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
             method = name == "compile" and isinstance(node.func, ast.Attribute)  # re.compile, and XLA's
-            assert name not in FORBIDDEN_CALLS or method, f"{module} calls {name}"
+            assert name not in FORBIDDEN_CALLS - allowed or method, f"{module} calls {name}"
             said = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
             assert not said.get("trust_remote_code")
             assert not said.get("allow_pickle")

@@ -22,7 +22,7 @@ from gemmary.presets import nano
 from gemmary.text import Tokenizer
 from gemmary.train import saving
 from gemmary.train.optimizer import OptimizerSettings, optimizer
-from gemmary.train.saving import Checkpoints
+from gemmary.train.saving import Checkpoints, NativeFiles
 from gemmary.train.step import TrainState, init_state
 
 CONFIG = nano(1, 1000).replace(num_layers=2, embed_dim=32, ffw_dim=64, head_dim=16, context=64)
@@ -60,7 +60,7 @@ def names(folder: Path) -> list[str]:
 
 
 def make(folder: Path, **changes: Any) -> Checkpoints:
-    return Checkpoints(folder, CONFIG, None, changes.pop("identity", IDENTITY), **changes)
+    return Checkpoints(folder, NativeFiles(CONFIG, None), changes.pop("identity", IDENTITY), **changes)
 
 
 def saved(folder: Path, *steps: int, **changes: Any) -> Checkpoints:
@@ -131,7 +131,7 @@ def test_a_checkpoint_is_a_model(tmp_path: Path, tiny: Tokenizer) -> None:
     config = CONFIG.replace(vocab_size=tiny.size, num_tokens=tiny.size)
     params = unstack(init(config, jax.random.key(0)))
     state = init_state(params, optimizer(OptimizerSettings(), 10), jax.random.key(0))
-    checkpoints = Checkpoints(tmp_path, config, tiny, IDENTITY)
+    checkpoints = Checkpoints(tmp_path, NativeFiles(config, tiny), IDENTITY)
     checkpoints.save(state, DATA)
     checkpoints.finish()
     model = tmp_path / "step_00000000" / "model"

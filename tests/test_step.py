@@ -15,8 +15,9 @@ from gemmary.model.transformer import forward
 from gemmary.params import init, shardings, unstack
 from gemmary.presets import nano
 from gemmary.train.losses import Head
+from gemmary.train.objectives import language_loss
 from gemmary.train.optimizer import OptimizerSettings, optimizer
-from gemmary.train.step import TrainState, init_state, language_loss, make_step
+from gemmary.train.step import TrainState, init_state, make_step
 
 CONFIG = nano(2, 96, 3).replace(embed_dim=64)
 B, T = 8, 24

@@ -44,6 +44,7 @@ class Config:
     `vocab_size` counts the rows of the embedding; `num_tokens` those that a tokenizer knows. Rows beyond are padding
     (256128 against 256000 in Gemma 1) and are never sampled. `window_pattern` is repeated over the layers: True for a
     sliding-window layer, False for one that sees everything. `query_scale` multiplies the queries before the scores.
+    `score_head` adds what a reward model has and a language model has not: a score read off the last hidden state.
 
     Raises GemmaryError where the numbers contradict one another.
     """
@@ -69,6 +70,7 @@ class Config:
     attn_softcap: float | None = None
     final_softcap: float | None = None
     norm_eps: float = 1e-6
+    score_head: bool = False
 
     def __post_init__(self) -> None:
         for name, most in _BOUNDS.items():

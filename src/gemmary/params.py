@@ -44,8 +44,8 @@ class Spec:
     """One row: named axes in storage order, and which of them a product with this weight sums over.
 
     `reads` gives the fan-in of the initial values, the input side of a LoRA and the axes that share a quantization
-    scale. A row without `reads` is a norm: zeros at first, applied as 1 + w, never quantized or adapted. `when` names
-    the switch of the config that the row depends on.
+    scale. A row without `reads` is a norm (applied as 1 + w) or the score head: zeros at first, never quantized or adapted.
+    `when` names the switch of the config that the row depends on.
     """
 
     axes: tuple[str, ...]
@@ -82,6 +82,7 @@ TABLE: dict[str, Spec] = {
     "pre_ffw_norm": _row("layers embed"),
     "post_ffw_norm": _row("layers embed", when="post_norms"),
     "final_norm": _row("embed"),
+    "score": _row("embed", when="score_head"),
 }
 
 _SIZES = {

@@ -30,13 +30,13 @@ __all__ = [
     "Int8",
     "LoRA",
     "Weight",
-    "adapt",
     "dequantize",
     "lookup",
-    "merge",
+    "map_rows",
     "project",
     "quantize",
     "quantize_weight",
+    "weight_shape",
 ]
 
 INT4_GROUP = 32
@@ -75,10 +75,10 @@ class LoRA:
     """A weight plus a low-rank update (Hu et al., arXiv 2106.09685): base + scale * a b.
 
     `a` has the input axes and R, `b` has R and the output axes in the weight's order; stacked, both lead with L.
-    `base` is any other weight.
+    `base` is any other weight; None where the update is kept apart from it (`adapters.split`).
     """
 
-    base: Array | np.ndarray | Int8 | Int4
+    base: Any
     a: Array | np.ndarray
     b: Array | np.ndarray
     scale: float = field(metadata={"static": True})
@@ -168,7 +168,7 @@ def lookup(ids: Int[Array, ...], w: Weight, dtype: Any) -> Float[Array, "... D"]
 
 
 def dequantize(w: Array | np.ndarray | Int8 | Int4, dtype: Any = jnp.float32) -> Float[Array, ...]:
-    """The array that a weight stands for (for a LoRA, see `merge`)."""
+    """The array that a weight stands for (for a LoRA, see `adapters.merge`)."""
     if isinstance(w, Int8):
         return (jnp.asarray(w.values, jnp.float32) * w.scale).astype(dtype)
     if isinstance(w, Int4):
@@ -212,69 +212,13 @@ def quantize(params: Params, bits: int) -> Params:
     """
     if bits not in (4, 8):
         raise GemmaryError(f"weights can be quantized to 8 or 4 bits, not {bits}")
-    return _map(
+    return map_rows(
         params, lambda name, w: quantize_weight(name, w, 8 if name == "embed" else bits), lambda s: bool(s.reads)
     )
 
 
-_PROJECTIONS = tuple(name for name, spec in TABLE.items() if spec.reads and spec.layered)
-
-
-def adapt(
-    params: Params,
-    key: jax.Array,
-    rank: int,
-    *,
-    alpha: float | None = None,
-    targets: Collection[str] = _PROJECTIONS,
-    dtype: Any = jnp.float32,
-) -> Params:
-    """Every target as a LoRA of that rank over what it was, `a` random and `b` zero, so that nothing changes yet.
-
-    The update is scaled by alpha / rank (alpha defaults to rank). Raises GemmaryError for a target that the table
-    does not have or that is already adapted.
-    """
-    wrong = [name for name in targets if name not in TABLE or not TABLE[name].reads]
-    if wrong or rank < 1:
-        raise GemmaryError(
-            f"cannot adapt {', '.join(wrong) or 'anything'} with rank {rank}: "
-            f"the rank is at least 1 and targets are among embed, {', '.join(_PROJECTIONS)}"
-        )
-    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(TABLE)}
-
-    def wrap(name: str, w: Any) -> LoRA:
-        if isinstance(w, LoRA):
-            raise GemmaryError(f"{name} is already adapted: merge it first")
-        spec = TABLE[name]
-        full = _shape(w)
-        lead = full[: len(full) - len([a for a in spec.axes if a != "layers"])]
-        reads = tuple(full[axis] for axis in spec.read_axes())
-        writes = tuple(full[i] for i in range(-len(full) + len(lead), 0) if i not in spec.read_axes())
-        a = jax.random.normal(keys[name], (*lead, *reads, rank)) * math.prod(reads) ** -0.5
-        keys[name] = jax.random.fold_in(keys[name], 0)  # unstacked layers draw in turn
-        return LoRA(w, a.astype(dtype), jnp.zeros((*lead, rank, *writes), dtype), (alpha or rank) / rank)
-
-    return _map(params, wrap, lambda spec: True, names=targets)
-
-
-def merge(params: Params) -> Params:
-    """Every LoRA folded into one array; the rest untouched. Over a quantized base the result is fp32."""
-    return _map(params, lambda name, w: _merged(name, w) if isinstance(w, LoRA) else w, lambda spec: True)
-
-
-def _merged(name: str, w: LoRA) -> Array:
-    """base + scale * a b, in the base's dtype (fp32 over a quantized base)."""
-    spec, base = TABLE[name], dequantize(w.base)
-    letter = dict(zip(spec.axes, "uvwxyz", strict=False))
-    axes = "".join(letter[axis] for axis in spec.axes[-base.ndim :])
-    reads = "".join(letter[axis] for axis in spec.reads)
-    lead = axes[0] if spec.layered and base.ndim == len(spec.axes) else ""
-    writes = "".join(c for c in axes if c not in reads + lead)
-    update = jnp.einsum(f"{lead}{reads}r,{lead}r{writes}->{axes}", w.a, w.b, preferred_element_type=jnp.float32)
-    return (base + w.scale * update).astype(w.base.dtype if isinstance(w.base, jax.Array) else jnp.float32)
-
-
-def _shape(w: Weight) -> tuple[int, ...]:
+def weight_shape(w: Weight) -> tuple[int, ...]:
+    """The shape of the array that a weight stands for."""
     if isinstance(w, Int8):
         return tuple(w.values.shape)
     if isinstance(w, Int4):
@@ -284,8 +228,8 @@ def _shape(w: Weight) -> tuple[int, ...]:
     return tuple(w.shape)  # type: ignore[union-attr]
 
 
-def _map(params: Params, change: Any, wanted: Any, names: Collection[str] = tuple(TABLE)) -> Params:
-    """`change(name, weight)` over the weights of the rows wanted, stacked or not."""
+def map_rows(params: Params, change: Any, wanted: Any, names: Collection[str] = tuple(TABLE)) -> Params:
+    """`change(name, weight)` over the weights of those named rows whose Spec is `wanted`, stacked or not."""
 
     def one(name: str, weight: Any) -> Any:
         spec: Spec = TABLE[name]

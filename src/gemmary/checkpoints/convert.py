@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from gemmary.adapters import merge
 from gemmary.checkpoints.checkpoint import Checkpoint, config_to_json, staged
 from gemmary.checkpoints.gguf import fields_for
 from gemmary.checkpoints.gguf_file import GGUFWriter
@@ -29,7 +30,7 @@ from gemmary.checkpoints.safetensors_file import SafetensorsWriter
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, count, layered_names, shape_of
-from gemmary.weights import Int4, Int8, LoRA, dequantize, merge, quantize_weight
+from gemmary.weights import Int4, Int8, LoRA, dequantize, quantize_weight
 
 __all__ = ["DTYPES", "FORMATS", "GGUF_TYPES", "convert", "quantize_model"]
 
@@ -60,6 +61,8 @@ def convert(
     _check(gguf_type, (None, *GGUF_TYPES), "GGUF type")
     if gguf_type and to != "gguf":
         raise GemmaryError(f"a GGUF type is for --to gguf, not for {to}")
+    if source.config.score_head and to not in ("native", "hf"):
+        raise GemmaryError(f"{to} has no place for a reward model's score: choose native or hf")
     reader = _Reader(source, DTYPES.get(dtype or ""), on_progress)
     write = {"native": _to_native, "hf": _to_huggingface, "gguf": _to_gguf, "kaggle": _to_kaggle}[to]
     with staged(destination, reader.bytes(), directory=to != "gguf") as stage:

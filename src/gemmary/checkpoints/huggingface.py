@@ -26,6 +26,11 @@ __all__ = ["HuggingFaceCheckpoint", "config_from_hf", "config_to_hf", "open_hugg
 
 _TYPES = {"gemma": 1, "gemma2": 2, "gemma3_text": 3}
 _ARCHITECTURES = {1: "GemmaForCausalLM", 2: "Gemma2ForCausalLM", 3: "Gemma3ForCausalLM"}
+_SCORERS = {
+    1: "GemmaForSequenceClassification",
+    2: "Gemma2ForSequenceClassification",
+    3: "Gemma3TextForSequenceClassification",
+}
 _TANH_GELU = ("gelu", "gelu_pytorch_tanh")  # `gelu` in a Gemma config means the tanh approximation too
 
 
@@ -111,6 +116,7 @@ def _config(generation: int, data: Mapping[str, Any]) -> Config:
         attn_softcap=_cap(data, "attn_logit_softcapping") if generation > 1 else None,
         final_softcap=_cap(data, "final_logit_softcapping") if generation > 1 else None,
         norm_eps=float(data.get("rms_norm_eps", 1e-6)),
+        score_head=_SCORERS[generation] in (data.get("architectures") or ()),
     )
 
 
@@ -155,7 +161,7 @@ def config_to_hf(config: Config, dtype: str) -> dict[str, Any]:
     """Our config as config.json's values, for transformers 4 and 5."""
     kind = next(name for name, generation in _TYPES.items() if generation == config.generation)
     data: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[config.generation]],
+        "architectures": [(_SCORERS if config.score_head else _ARCHITECTURES)[config.generation]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
@@ -178,6 +184,8 @@ def config_to_hf(config: Config, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "dtype": dtype,
     }
+    if config.score_head:  # one label; without it transformers would expect two
+        data |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     if config.generation > 1:
         kinds = config.layer_kinds()
         data |= {

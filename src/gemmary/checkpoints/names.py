@@ -97,6 +97,7 @@ def _huggingface(config: Config) -> list[Stored]:
         _one(f"{layer}mlp.up_proj.weight", "mlp.up", "ffw embed"),
         _one(f"{layer}mlp.down_proj.weight", "mlp.down", "embed ffw"),
         *_norms(config, layer, _hf_norms(config, "q_norm", "k_norm"), ".weight"),
+        *([_one("score.weight", "score", "1 embed")] if config.score_head else []),
     ]
 
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from gemmary.data.mixture import Mixture, MixtureSettings
-from gemmary.data.packing import Batch, Packed, stacked
+from gemmary.data.mixture import Mixture, MixtureSettings, Stage
+from gemmary.data.packing import Packed, stacked
 from gemmary.data.tokens import Tokens
+from gemmary.data.turns import Rows
 from gemmary.errors import GemmaryError
 
-__all__ = ["BatchSource", "Batches", "mixture_batches"]
+__all__ = ["BatchSource", "Batches", "mixture_batches", "row_batches"]
 
 _AHEAD = 4  # batches that are made before they are asked for, by each worker
 
@@ -26,23 +27,23 @@ _AHEAD = 4  # batches that are made before they are asked for, by each worker
 class BatchSource:
     """Batch i of a run, made when asked for; of every process, its rows."""
 
-    def __init__(self, mixture: Mixture, packed: Mapping[str, Packed], steps: int, rows: slice) -> None:
+    def __init__(self, mixture: Mixture, packed: Mapping[str, Rows], steps: int, rows: slice) -> None:
         self._mixture, self._steps, self._rows = mixture, steps, rows
         self._packed = [packed[name] for name in mixture.names]
 
     def __len__(self) -> int:
         return self._steps
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Any:
         sources, numbers = (array[self._rows].tolist() for array in self._mixture.rows(index))
         return stacked([self._packed[source][number] for source, number in zip(sources, numbers, strict=True)])
 
 
-class Batches(Iterator[Batch]):
-    """The batches of a run from the first to the last, or from where `restore` puts it. Made by `mixture_batches`."""
+class Batches(Iterator[Any]):
+    """The batches of a run from the first to the last, or from where `restore` puts it: named tuples of arrays."""
 
     def __init__(
-        self, mixture: Mixture, packed: Mapping[str, Packed], source: BatchSource, order: dict[str, Any], workers: int
+        self, mixture: Mixture, packed: Mapping[str, Rows], source: BatchSource, order: dict[str, Any], workers: int
     ) -> None:
         self._mixture, self._packed, self._source = mixture, packed, source
         self._workers, self._next = workers, 0
@@ -52,14 +53,14 @@ class Batches(Iterator[Batch]):
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         """SHA-256 of all that the order of the batches depends on."""
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self._next == len(self._source):
             self.close()
             raise StopIteration
         if self._running is None:
             self._running = _deliver(self._source, self._next, self._workers)
         try:
-            batch = Batch(*next(self._running))
+            batch = next(self._running)
         except BaseException:
             self.close()  # Grain would go on behind the batch that failed; we ask for it again
             raise
@@ -168,6 +169,29 @@ def mixture_batches(
     share = batch // shard_count
     source = BatchSource(mixture, packed, steps, slice(shard_index * share, (shard_index + 1) * share))
     return Batches(mixture, packed, source, order, workers)
+
+
+def row_batches(
+    packed: Mapping[str, Rows],
+    weights: Mapping[str, float],
+    order: Mapping[str, Any],
+    *,
+    length: int,
+    batch: int,
+    steps: int,
+    seed: int,
+) -> Batches:
+    """`steps` batches of rows that are made already; a source's share is its rows times its weight.
+
+    `order` is what else their order depends on, the digests of what is packed above all.
+    """
+    _check(batch=(batch, 1), steps=(steps, 1), seed=(seed, 0))
+    shares = {name: rows.rows * weights[name] for name, rows in packed.items()}
+    settings = MixtureSettings(stage=(Stage(weights=shares),))
+    used = {name: packed[name] for name in settings.names}
+    mixture = Mixture(settings, batch=batch, steps=steps, seed=seed)
+    whole = {"length": length, "batch": batch, "steps": steps, "seed": seed, "mixture": asdict(settings), **order}
+    return Batches(mixture, used, BatchSource(mixture, used, steps, slice(batch)), whole, 0)
 
 
 def _check(**settings: tuple[int, int]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from gemmary.errors import GemmaryError
 __all__ = ["Batch", "Packed", "Piece", "Plan", "held_out_batches", "shuffled", "stacked"]
 
 Int = npt.NDArray[np.int64]
+Row = TypeVar("Row", bound=tuple[Any, ...])
 
 
 class Batch(NamedTuple):
@@ -49,9 +50,9 @@ class Piece(NamedTuple):
     stop: int
 
 
-def stacked(rows: Sequence[Batch]) -> Batch:
-    """Rows [T] as a batch [B, T]."""
-    return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+def stacked(rows: Sequence[Row]) -> Row:
+    """Rows [T] as a batch [B, T]; a row is a named tuple of arrays."""
+    return type(rows[0])(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
 
 def shuffled(count: int, *key: int) -> Int:

@@ -1,8 +1,11 @@
-"""Documents as token ids on disk, memory-mapped: a directory of three files, written aside and renamed when whole.
+"""Documents and conversations as token ids on disk, memory-mapped: a directory written aside and renamed when whole.
 
     tokens.bin     ids of all documents one after the other, without BOS and EOS: uint16, or uint32 above 65,536 ids
     documents.bin  int64 [documents + 1]: where each document begins, then where the last ends
-    info.json      counts, dtype, the tokenizer's digest, and SHA-256 of tokens.bin followed by documents.bin
+    learnt.bin     of conversations only: a byte for each id, 1 where it is to be learnt
+    info.json      counts, dtype, the tokenizer's digest, and SHA-256 of the other files, one after the other
+
+A conversation's ids are all of its own, with BOS and the marks of turns.
 
 Numbers are little-endian. Nothing is loaded before it is asked for, and a worker process gets a `Tokens` as its path.
 """
@@ -24,14 +27,16 @@ import numpy.typing as npt
 
 from gemmary.checkpoints.checkpoint import read_json, staged
 from gemmary.errors import GemmaryError
+from gemmary.text.dialogue import Dialogue
 from gemmary.text.tokenizer import Tokenizer
 
-__all__ = ["TokenInfo", "Tokens", "tokenizer_digest", "write_tokens"]
+__all__ = ["TokenInfo", "Tokens", "tokenizer_digest", "write_dialogues", "write_tokens"]
 
 Ids = npt.NDArray[np.integer[Any]]
 _Encoded = tuple[Ids, list[int], int]
 
 _FILES = ("tokens.bin", "documents.bin")
+_LEARNT = "learnt.bin"
 _DTYPES = ("<u2", "<u4")
 _BATCH = 1 << 20  # characters that a thread encodes at once
 
@@ -49,7 +54,7 @@ class TokenInfo:
     tokenizer: str
     """The tokenizer's digest."""
     digest: str
-    """SHA-256 of tokens.bin followed by documents.bin."""
+    """SHA-256 of tokens.bin followed by documents.bin, and by learnt.bin where there is one."""
 
     def __post_init__(self) -> None:
         counts, digests = (self.documents, self.tokens, self.bytes, self.vocab_size), (self.tokenizer, self.digest)
@@ -80,22 +85,52 @@ def write_tokens(path: Path | str, documents: Iterable[str], tokenizer: Tokenize
                 count, tokens, size = count + len(lengths), tokens + len(batch), size + batch_bytes
         if not tokens:
             raise GemmaryError(f"there is no text to write to {path}: it has {count} documents, all empty")
-        info = TokenInfo(
-            documents=count,
-            tokens=tokens,
-            bytes=size,
-            vocab_size=tokenizer.size,
-            dtype=dtype,
-            tokenizer=tokenizer_digest(tokenizer),
-            digest=_digest(stage),
-        )
-        (stage / "info.json").write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+        return _write_info(stage, count, tokens, size, dtype, tokenizer)
+
+
+def write_dialogues(path: Path | str, dialogues: Iterable[Dialogue], tokenizer: Tokenizer) -> TokenInfo:
+    """Conversations' ids, and which of them are to be learnt, as a new directory; `bytes` are those of what is learnt.
+
+    Raises GemmaryError where the path exists and where there is no conversation.
+    """
+    dtype = _DTYPES[tokenizer.size > 1 << 16]
+    count = tokens = size = 0
+    with staged(Path(path), 0) as stage:
+        with (
+            (stage / "tokens.bin").open("wb") as ids,
+            (stage / "documents.bin").open("wb") as starts,
+            (stage / _LEARNT).open("wb") as learnt,
+        ):
+            starts.write(bytes(8))
+            for dialogue in dialogues:
+                ids.write(np.array(dialogue.ids, dtype).data)
+                learnt.write(bytes(dialogue.loss_mask))
+                count, tokens = count + 1, tokens + len(dialogue.ids)
+                said = (i for i, learns in zip(dialogue.ids, dialogue.loss_mask, strict=True) if learns)
+                size += sum(len(tokenizer.token_bytes(i)) for i in said)
+                starts.write(np.array([tokens], "<i8").data)
+        if not count:
+            raise GemmaryError(f"there is no conversation to write to {path}")
+        return _write_info(stage, count, tokens, max(size, 1), dtype, tokenizer)
+
+
+def _write_info(stage: Path, count: int, tokens: int, size: int, dtype: str, tokenizer: Tokenizer) -> TokenInfo:
+    info = TokenInfo(
+        documents=count,
+        tokens=tokens,
+        bytes=size,
+        vocab_size=tokenizer.size,
+        dtype=dtype,
+        tokenizer=tokenizer_digest(tokenizer),
+        digest=_digest(stage),
+    )
+    (stage / "info.json").write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
     return info
 
 
 def _digest(directory: Path) -> str:
     digest = hashlib.sha256()
-    for name in _FILES:
+    for name in (*_FILES, *([_LEARNT] if (directory / _LEARNT).exists() else [])):
         with (directory / name).open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
@@ -144,6 +179,8 @@ class Tokens:
             raise GemmaryError(f"{self.path}/info.json is not that of tokenized documents") from None
         self._ids: Ids = self._mapped("tokens.bin", self.info.dtype, self.info.tokens)
         self._starts: npt.NDArray[np.int64] = self._mapped("documents.bin", "<i8", self.info.documents + 1)
+        masked = (self.path / _LEARNT).is_file()
+        self._learnt: Any = self._mapped(_LEARNT, "u1", self.info.tokens) if masked else None
         if self._starts[0] != 0 or self._starts[-1] != self.info.tokens or (self.lengths < 0).any():
             raise GemmaryError(f"{self.path}/documents.bin is damaged: write the tokens again")
 
@@ -169,6 +206,13 @@ class Tokens:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         return self._ids[self._starts[index] : self._starts[index + 1]]
+
+    def learnt(self, index: int) -> npt.NDArray[np.uint8]:
+        """Of each id of conversation i: 1 where it is to be learnt."""
+        if self._learnt is None:
+            raise GemmaryError(f"{self.path} holds documents, not conversations: write_dialogues makes them")
+        found: npt.NDArray[np.uint8] = self._learnt[self._starts[index] : self._starts[index + 1]]
+        return found
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from gemmary.errors import GemmaryError
 from gemmary.text.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 
-__all__ = ["Dialogue", "chat_template", "encode_dialogue"]
+__all__ = ["Dialogue", "chat_template", "encode_dialogue", "turns_of"]
 
 _USER, _MODEL, _SYSTEM = "user", "model", "system"
 _ROLES = {_USER: _USER, _MODEL: _MODEL, "assistant": _MODEL, _SYSTEM: _SYSTEM}
@@ -47,7 +47,7 @@ def encode_dialogue(
     start, end = tokenizer.start_of_turn, tokenizer.end_of_turn
     if start is None or end is None:
         raise GemmaryError("this vocabulary has no turn tokens: it can continue text, not hold a conversation")
-    turns = _turns(messages, system or ("refuse" if generation < 3 else "prefix"))
+    turns = turns_of(messages, system or ("refuse" if generation < 3 else "prefix"))
     if open_turn and turns[-1][0] == _MODEL:
         raise GemmaryError(f"message {len(messages) - 1}, the last, is the model's: add what the user says next")
     newline, opening = tokenizer.encode("\n"), [start, *tokenizer.encode(f"{_MODEL}\n")]
@@ -69,8 +69,8 @@ def encode_dialogue(
     return Dialogue(ids, mask)
 
 
-def _turns(messages: Sequence[Mapping[str, Any]], system: str) -> list[tuple[str, str]]:
-    """(user | model, content) in turn, the system message dealt with."""
+def turns_of(messages: Sequence[Mapping[str, Any]], system: str) -> list[tuple[str, str]]:
+    """(user | model, content) in turn, the system message dealt with. Raises GemmaryError as `encode_dialogue` does."""
     if system not in ("refuse", "prefix"):
         raise GemmaryError(f"system is {system!r}; it may be 'refuse' or 'prefix'")
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:

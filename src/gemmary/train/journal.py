@@ -13,7 +13,7 @@ from typing import Any
 from gemmary.checkpoints.checkpoint import write_whole
 from gemmary.errors import GemmaryError
 
-__all__ = ["Journal", "draw_curve"]
+__all__ = ["Journal", "draw_curve", "read_entries"]
 
 _LINES, _CURVE = "metrics.jsonl", "curve.png"
 
@@ -29,7 +29,7 @@ class Journal:
     ) -> None:
         self._folder, self._say = folder, say
         self._behind = False
-        self.entries: list[dict[str, Any]] = _read(folder / _LINES)
+        self.entries: list[dict[str, Any]] = read_entries(folder / _LINES)
         self._board: Any = _board(folder / "tensorboard") if tensorboard else None
 
     def go_on_from(self, step: int) -> None:
@@ -80,7 +80,7 @@ def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry) + "\n"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_entries(path: Path) -> list[dict[str, Any]]:
     """The entries so far; a last line that was cut off is not one, nor is a damaged one."""
     entries = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:

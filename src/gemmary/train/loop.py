@@ -1,7 +1,8 @@
 """The loop: batches go in, steps are taken, and what people and the next run need is written down on the way.
 
-A run can end in four ways: all steps done; asked to stop (SIGTERM, Ctrl-C), which saves first; a loss that is no number or
-leaps, which names the last good checkpoint; or killed, after which it goes on from the newest checkpoint to the same bits.
+A run can end in five ways: all steps done; a hook that says why to stop; asked to stop (SIGTERM, Ctrl-C), which saves first; a
+loss that is no number or leaps, which names the last good checkpoint; or killed, after which it goes on from the newest checkpoint
+to the same bits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Hook:
-    """Something done every so many steps and after the last: what it returns is written into the journal."""
+    """Something done every so many steps and after the last: what it returns is written into the journal.
+
+    Where that has a `stop`, the reason of it, the run is saved and complete.
+    """
 
     every: int
     run: Callable[[TrainState], dict[str, Any]]
@@ -50,8 +54,11 @@ class LoopSettings:
     steps: int
     log_every: int = 10
     save_every: int = 200
+    keep: int = 2
+    """Checkpoints."""
     spike: float = 3.0
     """Stop where the loss is so many nats above the median of the last 50 steps'."""
+    tensorboard: bool = False
 
 
 _RECENT = 50
@@ -83,19 +90,22 @@ def fit(
     saved = done if checkpoints.newest() else -1
     with _asked_to_stop() as asked, _nothing_half_written(checkpoints):
         started = time.perf_counter()
-        while done < settings.steps and not asked.is_set():
+        stopped = bool(journal.entries) and "stop" in journal.entries[-1]
+        while done < settings.steps and not asked.is_set() and not stopped:
             state, means = step(state, next(batches))
             done += 1
             since.append(means)
             last = done == settings.steps
+            due = [hook for hook in hooks if last or (hook.every and done % hook.every == 0)]
             saves = last or asked.is_set() or (settings.save_every and done % settings.save_every == 0)
-            if saves or done % settings.log_every == 0:
+            if saves or due or done % settings.log_every == 0:
                 _check(since, recent, done, settings.spike, checkpoints)
                 seconds = (time.perf_counter() - started) / len(since)
                 entry = {"step": done, **describe(_means(since), seconds, done)}
-                for hook in hooks:
-                    if last or (hook.every and done % hook.every == 0):
-                        entry |= hook.run(state)
+                for hook in due:
+                    entry |= hook.run(state)
+                stopped = "stop" in entry
+                saves = saves or stopped
                 journal.write(entry)
                 report(entry)
                 since = []
@@ -107,7 +117,7 @@ def fit(
             _check(since, recent, done, settings.spike, checkpoints)
             checkpoints.save(state, batches.state())
         checkpoints.finish()
-    return state, done >= settings.steps
+    return state, stopped or done >= settings.steps
 
 
 def _means(since: list[dict[str, jax.Array]]) -> dict[str, float]:

@@ -1,9 +1,4 @@
-"""Pre-training: tokenized sources and a mixture go in, a model comes out, in one folder that can be gone on from.
-
-checkpoints/     see `saving`
-metrics.jsonl    a line each `log_every` steps
-curve.png        training loss and held-out bits per byte
-"""
+"""Pre-training: tokenized sources and a mixture go in, a model comes out, in one folder that can be gone on from (see `run`)."""
 
 from __future__ import annotations
 
@@ -29,13 +24,14 @@ from gemmary.params import count, init, unstack
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.flops import peak_flops, train_flops
 from gemmary.train.held_out import bits_per_byte
-from gemmary.train.journal import Journal
-from gemmary.train.loop import Hook, LoopSettings, Report, fit
+from gemmary.train.loop import Hook, LoopSettings, Report
 from gemmary.train.losses import Head, chunk_size
 from gemmary.train.memory import compile_lean
+from gemmary.train.objectives import language_loss
 from gemmary.train.optimizer import OptimizerSettings, learning_rate, optimizer
-from gemmary.train.saving import Checkpoints
-from gemmary.train.step import TrainState, init_state, language_loss, make_step
+from gemmary.train.run import Say, run
+from gemmary.train.saving import NativeFiles
+from gemmary.train.step import TrainState, init_state, make_step
 
 __all__ = ["PretrainSettings", "Pretrained", "pretrain"]
 
@@ -108,7 +104,7 @@ def pretrain(
     seed: int = 0,
     hooks: Sequence[Hook] = (),
     report: Report = lambda entry: None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Pretrained:
     """Run, or go on from the newest checkpoint that verifies. `report` gets each journal entry, `say` what else people should know.
 
@@ -123,48 +119,24 @@ def pretrain(
     )  # fmt: skip
     identity = {"model": config_to_json(config), "tokenizer": tokenizer_digest(tokenizer), "seed": seed}
     identity["pretrain"] = settings.decisive()
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder / "checkpoints", config, tokenizer, identity, keep=settings.keep, say=say)
     rule = optimizer(settings.optimizer, settings.steps)
     state = init_state(_first_params(config, seed), rule, jax.random.key(seed))
-    restored = checkpoints.restore(state)
-    if restored is not None:
-        for line in restored.damaged:
-            say(f"passed over a checkpoint: {line}")
-        batches.restore(restored.data)
-        state = restored.state
-        say(f"going on from {restored.path.name}")
-    journal = Journal(folder, tensorboard=settings.tensorboard, say=say)
-    journal.go_on_from(int(state.step))
     head = Head(_chunk(config, settings), config.final_softcap, settings.z_loss)
     loss = language_loss(config, head=head, dtype=jnp.dtype(settings.dtype), remat=settings.remat)
-    program = _compiled(make_step(loss, rule, accumulate=settings.accumulate), state, settings, say)
+    step = make_step(loss, rule, accumulate=settings.accumulate)
     evaluated = _evaluation(config, head._replace(z_loss=0.0), held_out, settings, ids)
-    try:
-        state, complete = fit(
-            program, state, batches, _loop(settings), journal=journal, checkpoints=checkpoints,
-            describe=_describe(settings, config, batches, sources), hooks=[evaluated, *hooks], report=report,
-        )  # fmt: skip
-    finally:
-        batches.close()
-        journal.close()
-    newest = checkpoints.newest()
-    assert newest is not None
-    _point(folder / "model", newest / "model")
+    ended = run(
+        folder, state, batches, lambda state: _compiled(step, state, settings, say), files=NativeFiles(config, tokenizer),
+        identity=identity, settings=_loop(settings), describe=_describe(settings, config, batches, sources),
+        hooks=[evaluated, *hooks], report=report, say=say,
+    )  # fmt: skip
+    checkpoint = ended.parameters.parent
     results = {
-        "checkpoint": newest.relative_to(folder).as_posix(), "steps": int(state.step), "parameters": count(config).total,
-        "padding": batches.padding(), "shares": batches.shares(), "epochs": batches.epochs(),
-        **({k: v for k, v in journal.entries[-1].items() if k != "step"} if journal.entries else {}),
+        "checkpoint": checkpoint.relative_to(folder).as_posix(), "steps": int(ended.state.step),
+        "parameters": count(config).total, "padding": batches.padding(), "shares": batches.shares(),
+        "epochs": batches.epochs(), **ended.last,
     }  # fmt: skip
-    return Pretrained(complete, newest, results)
-
-
-def _point(link: Path, target: Path) -> None:
-    """A link to the newest model, which never is not there while it is changed."""
-    aside = link.with_name(f".{link.name}")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target.relative_to(link.parent))
-    aside.replace(link)
+    return Pretrained(ended.complete, checkpoint, results)
 
 
 def _fits(settings: PretrainSettings, config: Config, tokenizer: Tokenizer) -> None:
@@ -186,7 +158,7 @@ def _chunk(config: Config, settings: PretrainSettings) -> int:
     return chunk_size(settings.batch // settings.accumulate, config.vocab_size, most)
 
 
-def _compiled(step: Any, state: TrainState, settings: PretrainSettings, say: Callable[[str], None]) -> Any:
+def _compiled(step: Any, state: TrainState, settings: PretrainSettings, say: Say) -> Any:
     shape = (settings.batch, settings.length)
     ints: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     floats: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -198,7 +170,12 @@ def _compiled(step: Any, state: TrainState, settings: PretrainSettings, say: Cal
 
 def _loop(settings: PretrainSettings) -> LoopSettings:
     return LoopSettings(
-        steps=settings.steps, log_every=settings.log_every, save_every=settings.save_every, spike=settings.spike
+        steps=settings.steps,
+        log_every=settings.log_every,
+        save_every=settings.save_every,
+        keep=settings.keep,
+        spike=settings.spike,
+        tensorboard=settings.tensorboard,
     )
 
 

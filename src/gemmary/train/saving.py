@@ -1,7 +1,7 @@
 """Checkpoints of a run: written in the background, sealed last, and resumed from the newest one that verifies.
 
     step_00000400/
-      model/                   a native checkpoint: `gemmary generate …/step_00000400/model "…"` runs it
+      model/                   a native checkpoint: `gemmary generate …/step_00000400/model "…"` runs it; or adapter/
       optimizer.safetensors    the optimizer's arrays, in the order of its tree
       state.json               step, key, place in the data, and what the run was begun with
       manifest.json            size and SHA-256 of every other file
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,14 @@ import safetensors.numpy
 from gemmary.checkpoints.checkpoint import read_json, staged
 from gemmary.checkpoints.manifest import to_disk, verify_manifest, write_manifest
 from gemmary.checkpoints.native import NativeWriter, open_native
+from gemmary.checkpoints.peft import read_adapter, write_adapter
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, Params, is_stacked, layered_names, stack
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.step import TrainState
 
-__all__ = ["Checkpoints", "Restored"]
+__all__ = ["AdapterFiles", "Checkpoints", "ModelFiles", "NativeFiles", "Restored"]
 
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 _VERSION = 1
@@ -50,6 +51,71 @@ class Restored:
     damaged: list[str]
 
 
+class ModelFiles(Protocol):
+    """How a run's parameters lie on disk."""
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        ...
+
+    def write(self, path: Path, params: Params) -> None:
+        """Write them into a new folder at `path`."""
+        ...
+
+    def read(self, path: Path, like: Params) -> Params:
+        """What was written, in the form of `like`."""
+        ...
+
+
+@dataclass(frozen=True)
+class NativeFiles:
+    """A whole model, with its tokenizer."""
+
+    config: Config
+    tokenizer: Tokenizer | None
+    name: str = "model"
+
+    def write(self, path: Path, params: Params) -> None:
+        """As a native checkpoint."""
+        path.mkdir()
+        writer = NativeWriter(path, self.config, self.tokenizer)
+        weights = {}
+        for name, layer in layered_names(self.config):
+            weight = params[name]
+            weights[name, layer] = weight[layer] if TABLE[name].layered else weight
+        writer.write(weights)
+        writer.close()
+
+    def read(self, path: Path, like: Params) -> Params:
+        """In fp32; the files are taken to be verified."""
+        with open_native(path, verify=False) as checkpoint:
+            params = checkpoint.params(jnp.float32)
+        return stack(params) if is_stacked(like) else params
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """Adapters alone, as PEFT keeps them; `base` names what they adapt."""
+
+    config: Config
+    base: str
+    name: str = "adapter"
+
+    def write(self, path: Path, params: Params) -> None:
+        """As PEFT's two files."""
+        path.mkdir()
+        write_adapter(path, self.config, params, base=self.base)
+
+    def read(self, path: Path, like: Params) -> Params:
+        """In fp32; the files are taken to be verified."""
+        found = read_adapter(path, self.config)
+        params: Params = {**found.weights, **found.extra}
+        learnt = {name: jax.tree.map(jnp.asarray, params[name]) for name in like}
+        stacked = {name for name in like if TABLE[name].layered and not isinstance(like[name], tuple)}
+        return {name: jax.tree.map(lambda *x: jnp.stack(x), *w) if name in stacked else w for name, w in learnt.items()}
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder`; the newest `keep` are kept.
 
@@ -60,14 +126,13 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        config: Config,
-        tokenizer: Tokenizer | None,
+        files: ModelFiles,
         identity: Mapping[str, Any],
         *,
         keep: int = 3,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._folder, self._config, self._tokenizer = folder, config, tokenizer
+        self._folder, self._files = folder, files
         self._identity: dict[str, Any] = json.loads(json.dumps(identity, sort_keys=True))
         self._keep, self._say = keep, say
         self._writing: threading.Thread | None = None
@@ -120,7 +185,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
                 self._damaged.discard(path)
             with staged(path, int(1.05 * size)) as stage:
-                _write_model(stage / "model", self._config, self._tokenizer, params)
+                self._files.write(stage / self._files.name, params)
                 leaves = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(opt_state))}
                 safetensors.numpy.save_file(leaves, stage / _OPTIMIZER)
                 (stage / _STATE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -176,32 +241,19 @@ class Checkpoints:
             )
 
     def _read(self, path: Path, about: dict[str, Any], like: TrainState) -> TrainState:
-        with open_native(path / "model", verify=False) as checkpoint:
-            params = checkpoint.params(jnp.float32)
+        params = self._files.read(path / self._files.name, like.params)
         leaves, form = jax.tree.flatten(like.opt_state)
         with safetensors.safe_open(path / _OPTIMIZER, "numpy") as file:
             names = sorted(file.keys())
             if len(names) != len(leaves):
                 raise GemmaryError(f"{path}: its optimizer is another one")
             stored = [jnp.array(file.get_tensor(name)) for name in names]
-        params = stack(params) if is_stacked(like.params) else params
         rng = jax.random.wrap_key_data(jnp.asarray(about["rng"], jnp.uint32))
         return TrainState(params, jax.tree.unflatten(form, stored), jnp.asarray(about["step"], jnp.int32), rng)
 
 
 def _step(path: Path) -> int:
     return int(path.name[5:])
-
-
-def _write_model(path: Path, config: Config, tokenizer: Tokenizer | None, params: Params) -> None:
-    path.mkdir()
-    writer = NativeWriter(path, config, tokenizer)
-    weights = {}
-    for name, layer in layered_names(config):
-        weight = params[name]
-        weights[name, layer] = weight[layer] if TABLE[name].layered else weight
-    writer.write(weights)
-    writer.close()
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

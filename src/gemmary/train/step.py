@@ -15,20 +15,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from gemmary.config import Config
-from gemmary.data.packing import Batch
+from gemmary.adapters import join
 from gemmary.errors import GemmaryError
-from gemmary.model.transformer import Remat
 from gemmary.params import Params
-from gemmary.train.losses import Head, packed_loss
 
-__all__ = ["Loss", "Step", "Sums", "TrainState", "init_state", "language_loss", "make_step"]
+__all__ = ["Loss", "Step", "Sums", "TrainState", "init_state", "make_step"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a run is, but for its place in the data. `step` counts the steps done; `rng` is the key they draw from."""
+    """All that a run changes, but for its place in the data. `step` counts the steps done; `rng` is the key they draw from."""
 
     params: Params
     opt_state: Any
@@ -45,19 +42,10 @@ class Sums(NamedTuple):
 
 
 Loss = Callable[[Params, Any, Array], Sums]
-"""Of parameters, a batch and a key."""
+"""Of a whole model's parameters, a batch and a key."""
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
-
-
-def language_loss(config: Config, *, head: Head, dtype: Any = jnp.float32, remat: Remat = "none") -> Loss:
-    """Next-token prediction over packed documents; reports `loss`, in nats for each token."""
-
-    def loss(params: Params, batch: Batch, rng: Array) -> Sums:
-        total, nats = packed_loss(params, config, batch, head, dtype=dtype, remat=remat)
-        return Sums(total, jnp.sum(batch.mask), {"loss": nats})
-
-    return loss
+"""From a state and a batch to the next state, and means to report."""
 
 
 def init_state(params: Params, rule: optax.GradientTransformation, rng: Array) -> TrainState:
@@ -65,22 +53,24 @@ def init_state(params: Params, rule: optax.GradientTransformation, rng: Array) -
     return TrainState(params, rule.init(params), jnp.zeros((), jnp.int32), rng)
 
 
-def make_step(loss: Loss, rule: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
-    """A compiled step, which takes its state's memory for the next one's.
+def make_step(loss: Loss, rule: optax.GradientTransformation, *, accumulate: int = 1) -> Any:
+    """A compiled step(state, batch, rest = None), which takes its state's memory for the next one's.
+
+    `rest` is what of the model is not learnt (see `adapters.split`).
 
     A batch's rows are taken in `accumulate` equal parts, one after the other. Reports the loss's means, the gradient's
     length (before clipping) and the weight.
     """
 
-    def gradient(params: Params, batch: Any, rng: Array) -> tuple[Sums, Params]:
-        def total(params: Params) -> tuple[Array, Sums]:
-            sums = loss(params, batch, rng)
-            return sums.total, sums
+    def step(state: TrainState, batch: Any, rest: Params | None = None) -> tuple[TrainState, dict[str, Array]]:
+        def gradient(params: Params, batch: Any, rng: Array) -> tuple[Sums, Params]:
+            def total(params: Params) -> tuple[Array, Sums]:
+                sums = loss(params if rest is None else join(params, rest), batch, rng)
+                return sums.total, sums
 
-        grads, sums = jax.grad(total, has_aux=True)(params)
-        return sums, grads
+            grads, sums = jax.grad(total, has_aux=True)(params)
+            return sums, grads
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
         if accumulate == 1:
             sums, grads = gradient(state.params, batch, rng)

@@ -1,0 +1,1 @@
+"""Evaluation of models; so far, whether the code they write passes its tests."""

@@ -1,0 +1,183 @@
+"""What the stages after pre-training share: settings, what of a model is learnt (all of it, or adapters), and the compiled step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from gemmary.adapters import PROJECTIONS, adapt, split
+from gemmary.checkpoints.checkpoint import config_to_json
+from gemmary.config import Config
+from gemmary.data.tokens import tokenizer_digest
+from gemmary.errors import GemmaryError, check_bounds
+from gemmary.model.transformer import Remat
+from gemmary.params import Params
+from gemmary.text.tokenizer import Tokenizer
+from gemmary.train.loop import LoopSettings
+from gemmary.train.losses import Head, chunk_size
+from gemmary.train.memory import compile_lean
+from gemmary.train.optimizer import OptimizerSettings, learning_rate
+from gemmary.train.run import Say
+from gemmary.train.saving import AdapterFiles, ModelFiles, NativeFiles
+from gemmary.train.step import Step, TrainState
+from gemmary.weights import quantize
+
+__all__ = ["Learner", "LoraSettings", "TuneSettings", "compiled", "describe", "learner"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Adapters instead of the whole model."""
+
+    rank: int = 16
+    alpha: float | None = None
+    """The update is scaled by alpha / rank; by default 1."""
+    targets: tuple[str, ...] = PROJECTIONS
+    base_bits: Literal[8, 32] = 32
+    """8: the model beneath is kept as Int8."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "lora.", rank=(1, 4096))
+        wrong = [name for name in self.targets if name not in PROJECTIONS]
+        if wrong or not self.targets:
+            raise GemmaryError(f"lora.targets: {', '.join(wrong) or 'none'}; they are among {', '.join(PROJECTIONS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings:
+    """A run of tuning. A batch is `batch` rows of `length` tokens, filled with whole conversations."""
+
+    steps: int | None = None
+    epochs: float | None = None
+    """Either steps, or times through the data."""
+    length: int = 512
+    batch: int = 8
+    accumulate: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: OptimizerSettings(learning_rate=1e-4, weight_decay=0.0)
+    )
+    lora: LoraSettings | None = None
+    log_every: int = 10
+    save_every: int = 100
+    keep: int = 2
+    spike: float = 5.0
+    evaluate_every: int = 50
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        one, zero = (1, None), (0, None)
+        check_bounds(
+            self, length=(2, None), batch=one, accumulate=one, log_every=one, keep=one, save_every=zero, evaluate_every=zero,
+            spike=zero,
+        )  # fmt: skip
+        if (self.steps is None) == (self.epochs is None) or (self.steps or 1) < 1 or not (self.epochs or 1) > 0:
+            raise GemmaryError("give either steps, at least 1, or epochs, above 0")
+        if self.batch % self.accumulate:
+            raise GemmaryError(f"batch is {self.batch}, which {self.accumulate} equal parts (accumulate) do not divide")
+
+    def total(self, rows: float) -> int:
+        """Steps, where an epoch has so many rows."""
+        return self.steps or max(1, math.ceil((self.epochs or 1) * rows / self.batch))
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that the result depends on."""
+        bystanders = {"log_every", "save_every", "keep", "tensorboard"}
+        return {name: value for name, value in asdict(self).items() if name not in bystanders}
+
+    def loop(self, steps: int) -> LoopSettings:
+        """For `fit`."""
+        return LoopSettings(
+            steps=steps, log_every=self.log_every, save_every=self.save_every, keep=self.keep, spike=self.spike,
+            tensorboard=self.tensorboard,
+        )  # fmt: skip
+
+    def head(self, config: Config, *, rows: int | None = None) -> Head:
+        """How logits are made: what a CPU's cache is good for, or an accelerator's memory."""
+        most = 1 << 24 if jax.default_backend() == "cpu" else 1 << 29
+        chunk = chunk_size(rows or self.batch // self.accumulate, config.vocab_size, most)
+        return Head(chunk, config.final_softcap, sparse=True)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What is learnt of a model, what is not (None: all is learnt), and how the former lies on disk."""
+
+    config: Config
+    learnt: Params
+    rest: Params | None
+    files: ModelFiles
+    tokenizer: Tokenizer
+
+    def identity(self, **more: Any) -> dict[str, Any]:
+        """What a run of it was begun with."""
+        return {"model": config_to_json(self.config), "tokenizer": tokenizer_digest(self.tokenizer), **more}
+
+
+def learner(
+    settings: TuneSettings,
+    config: Config,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    base: str,
+    score: bool = False,
+) -> Learner:
+    """The whole model in fp32, or adapters over it as `settings.lora` says; `base` names the model for those who load adapters.
+
+    With `score` the model has a reward model's head, and that is learnt in any case. Raises GemmaryError where the tokenizer
+    is larger than the model, and for rows that are longer than its context.
+    """
+    if tokenizer.size > config.num_tokens:
+        raise GemmaryError(f"the tokenizer has {tokenizer.size} pieces and the model takes {config.num_tokens}")
+    if settings.length > config.context:
+        raise GemmaryError(f"length is {settings.length} and the model's context is {config.context}")
+    if score and not config.score_head:
+        config = config.replace(score_head=True)
+        params = {**params, "score": jnp.zeros(config.embed_dim, jnp.float32)}
+    if settings.lora is None:
+        whole = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+        return Learner(config, whole, None, NativeFiles(config, tokenizer), tokenizer)
+    lora = settings.lora
+    base_params = quantize(params, 8) if lora.base_bits == 8 else params
+    adapted = adapt(base_params, jax.random.key(seed), lora.rank, alpha=lora.alpha, targets=lora.targets)
+    learnt, rest = split(adapted, also=("score",))
+    return Learner(config, learnt, rest, AdapterFiles(config, base), tokenizer)
+
+
+def compiled(step: Any, learner: Learner, state: TrainState, batch: Any, say: Say) -> Step:
+    """The step for batches of that form, ready to run."""
+    started = time.perf_counter()
+    form = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype), batch)
+    program = compile_lean(step.lower(state, form, learner.rest))
+    say(f"compiled in {time.perf_counter() - started:.0f} s")
+    return lambda state, batch: program(state, batch, learner.rest)
+
+
+def describe(
+    settings: TuneSettings, steps: int, tokens: int, *, shares: Callable[[], Mapping[str, float]]
+) -> Callable[[dict[str, float], float, int], dict[str, Any]]:
+    """What a journal entry says: the means, pace in slots of rows, and shares of sources. `tokens` are a step's slots."""
+    rate = learning_rate(settings.optimizer, steps)
+
+    def entry(means: dict[str, float], seconds: float, step: int) -> dict[str, Any]:
+        found = {name: value for name, value in means.items() if name != "weight"}
+        return {
+            **found,
+            "learning_rate": settings.optimizer.learning_rate * float(rate(step - 1)),
+            "tokens": step * tokens,
+            "total_steps": steps,
+            "tokens_per_second": tokens / seconds,
+            "eta_seconds": (steps - step) * seconds,
+            "shares": dict(shares()),
+        }
+
+    return entry

@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: the next token of what the model says and of `<end_of_turn>`, in whole conversations packed into rows.
+
+The held-out loss is taken before the first step, every so many, and after the last; the parameters of the best are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemmary.adapters import join
+from gemmary.config import Config
+from gemmary.data.batches import row_batches
+from gemmary.data.packing import Batch, stacked
+from gemmary.data.tokens import Tokens
+from gemmary.data.turns import PackedDialogues, lay_out, pack
+from gemmary.params import Params
+from gemmary.text.tokenizer import Tokenizer
+from gemmary.train.finetune import Learner, TuneSettings, compiled, describe, learner
+from gemmary.train.loop import Hook, Report
+from gemmary.train.losses import Head, packed_loss
+from gemmary.train.objectives import language_loss
+from gemmary.train.optimizer import optimizer
+from gemmary.train.run import Ended, Say, keep_best, run
+from gemmary.train.step import TrainState, init_state, make_step
+
+__all__ = ["held_out_loss", "sft"]
+
+
+def sft(
+    settings: TuneSettings,
+    config: Config,
+    params: Params,
+    tokenizer: Tokenizer,
+    sources: Mapping[str, Tokens],
+    held_out: Mapping[str, Tokens],
+    folder: Path,
+    *,
+    weights: Mapping[str, float],
+    seed: int = 0,
+    base: str = "",
+    hooks: Sequence[Hook] = (),
+    report: Report = lambda entry: None,
+    say: Say = lambda line: None,
+) -> Ended:
+    """Run, or go on. Sources are conversations (`write_dialogues`), by name; `weights` say how often each is gone through.
+
+    Raises GemmaryError as `learner` and `run` do, and for a conversation longer than a row.
+    """
+    pupil = learner(settings, config, params, tokenizer, seed=seed, base=base)
+    packed = {
+        name: PackedDialogues(tokens, name, length=settings.length, seed=seed, pad=tokenizer.pad)
+        for name, tokens in sources.items()
+        if weights[name] > 0
+    }
+    steps = settings.total(sum(rows.rows * weights[name] for name, rows in packed.items()))
+    order = {f"source {name}": sources[name].digest for name in packed}
+    batches = row_batches(packed, weights, order, length=settings.length, batch=settings.batch, steps=steps, seed=seed)
+    rule = optimizer(settings.optimizer, steps)
+    head, dtype = settings.head(config), jnp.dtype(settings.dtype)
+    loss = language_loss(config, head=head, dtype=dtype, remat=settings.remat)
+    step = make_step(loss, rule, accumulate=settings.accumulate)
+    example = stacked([next(iter(packed.values()))[0]] * settings.batch)
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        found = held_out_loss(pupil, state.params, held_out, settings)
+        return {"held_out_loss": found} if found else {}
+
+    watch = Hook(settings.evaluate_every, evaluate)
+    kept = keep_best(watch, folder, pupil.files, lambda found: found["held_out_loss"]["all"]) if held_out else watch
+    return run(
+        folder, init_state(pupil.learnt, rule, jax.random.key(seed)), batches,
+        lambda state: compiled(step, pupil, state, example, say), files=pupil.files,
+        identity=pupil.identity(seed=seed, sft=settings.decisive(), base=base), settings=settings.loop(steps),
+        describe=describe(settings, steps, settings.batch * settings.length, shares=batches.shares),
+        before=evaluate, hooks=[kept, *hooks], report=report, say=say,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("config", "head", "dtype"))
+def _nats(learnt: Params, rest: Params | None, batch: Batch, config: Config, head: Head, dtype: Any) -> jax.Array:
+    params = learnt if rest is None else join(learnt, rest)
+    return packed_loss(params, config, batch, head, dtype=dtype)[1]
+
+
+def held_out_loss(
+    pupil: Learner, learnt: Params, held_out: Mapping[str, Tokens], settings: TuneSettings
+) -> dict[str, float]:
+    """Mean nats for each token that is learnt, of every source and of all; every conversation once."""
+    nats, counts = dict[str, float](), dict[str, float]()
+    rows = min(settings.batch, 4)
+    head = settings.head(pupil.config, rows=rows)
+    for name, tokens in held_out.items():
+        for batch in _in_rows(tokens, settings.length, rows, pupil.tokenizer.pad):
+            found = _nats(learnt, pupil.rest, batch, pupil.config, head, jnp.dtype(settings.dtype))
+            nats[name] = nats.get(name, 0.0) + float(found)
+            counts[name] = counts.get(name, 0.0) + float(batch.mask.sum())
+    if not counts:
+        return {}
+    return {"all": sum(nats.values()) / sum(counts.values()), **{name: nats[name] / counts[name] for name in nats}}
+
+
+def _in_rows(tokens: Tokens, length: int, rows: int, pad: int) -> Any:
+    packed = pack(tokens.lengths.tolist(), length)
+    packed += [[]] * (-len(packed) % rows)
+    made = [lay_out([(tokens[i], tokens.learnt(i)) for i in row], length, pad) for row in packed]  # type: ignore[misc]
+    return (stacked(made[at : at + rows]) for at in range(0, len(made), rows))
