@@ -22,7 +22,7 @@ FLOORS = [
     ["train"],
     ["evaluate"],
     ["gemma", "inspect", "chat"],
-    ["recipe", "stages", "watch"],
+    ["recipe", "stages", "teaching", "tuning", "whole", "watch"],
     ["cli"],
 ]
 ROOMS = {
@@ -30,7 +30,7 @@ ROOMS = {
     "text": ["vocabulary", "writers", "tokenizer", "dialogue", "training"],
     "checkpoints": [
         "names", "checkpoint", "manifest", "safetensors_file", "gguf_file", "torch_file", "orbax_file", "native", "huggingface",
-        "peft", "gguf", "google", "convert", "open",
+        "peft", "gguf", "google", "adapted", "convert", "open",
     ],
     "data": [
         "words", "language", "filters", "privacy", "readers", "arithmetic", "standard_library", "sources", "classifiers",
@@ -42,7 +42,7 @@ ROOMS = {
         "memory", "flops", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "loop", "run", "pretrain", "finetune",
         "sft", "reward", "rollouts", "rewards", "rlhf", "dpo",
     ],
-    "evaluate": ["harness", "assertions", "sandbox"],
+    "evaluate": ["harness", "assertions", "sandbox", "tasks"],
 }  # fmt: skip
 # Doors of the package and of its rooms: they gather names and have no place of their own.
 GATHERING = {

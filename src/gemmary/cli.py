@@ -30,8 +30,8 @@ from gemmary.infer.sampling import Sampling
 from gemmary.inspect import Inspection, inspect_checkpoint, inspect_preset
 from gemmary.presets import PRESETS, preset
 from gemmary.recipe import load_recipe
-from gemmary.stages import STAGES, Life
 from gemmary.watch import Watch, summary
+from gemmary.whole import STAGES, Whole
 
 __all__ = ["app", "main"]
 
@@ -175,8 +175,8 @@ def _lived(verb: str, what: str) -> None:
         settings = load_recipe(recipe, sets or [])
         folder = out or Path("out") / recipe.stem
         with Watch(_err, quiet=quiet) as watch:
-            life = Life(settings, folder, say=watch.say, progress=watch.progress, report=watch.report)
-            record = STAGES["pretrain" if verb == "run" else verb](life)
+            life = Whole(settings, folder, say=watch.say, progress=watch.progress, report=watch.report)
+            record = life.whole() if verb == "run" else STAGES[verb](life)
         if as_json:
             print(json.dumps(record))
         else:
@@ -190,6 +190,10 @@ _lived("curate", "Make documents of a recipe's sources: filtered, masked, dedupl
 _lived("tokenizer", "Train a recipe's vocabulary on its curated documents.")
 _lived("pretrain", "Pre-train a recipe's model, or go on where it was stopped.")
 _lived("ablate", "Train small models on a recipe's candidate mixtures and rank them.")
+_lived("sft", "Fine-tune a recipe's model on its conversations, whole or by adapters.")
+_lived("reward", "Train a recipe's reward model on its preferences.")
+_lived("rlhf", "Have a recipe's model learn from rewards for its own answers.")
+_lived("dpo", "Have a recipe's model learn from its preferences, without a reward model.")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,6 +1,8 @@
 """What a recipe says: a model's life as one TOML file, checked whole before anything runs.
 
-A recipe has the stages' sections `curate`, `tokenizer`, `model`, `mixture`, `pretrain` and, for choosing a mixture, `ablate`.
+A recipe has the stages' sections `curate`, `tokenizer`, `model`, `mixture`, `pretrain` and, for choosing a mixture, `ablate`; then
+`instructions`, `sft`, `preferences`, `reward`, `rlhf`, `dpo` and `evaluate`. One that begins from a model that is there already
+(`model.path`) has none of the first.
 Each section's settings are a dataclass of the room that obeys them, so their docstrings are the reference.
 """
 
@@ -12,43 +14,50 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from gemmary.config import Config
 from gemmary.data.curation_settings import CurateSettings
+from gemmary.data.instructions import InstructionSettings
 from gemmary.data.mixture import MixtureSettings, Stage
-from gemmary.errors import GemmaryError
+from gemmary.errors import GemmaryError, check_bounds
 from gemmary.presets import nano, preset
 from gemmary.text.training import TokenizerSettings
+from gemmary.train.dpo import DpoSettings
+from gemmary.train.finetune import TuneSettings
 from gemmary.train.pretrain import PretrainSettings
+from gemmary.train.rlhf import RlhfSettings
 
-__all__ = ["AblateSettings", "Candidate", "ModelSettings", "Recipe", "load_recipe"]
+__all__ = ["AblateSettings", "Candidate", "EvaluateSettings", "ModelSettings", "Recipe", "RlhfStage", "load_recipe"]
 
 _DIAL = 4  # what batch and learning rates of a recipe are meant for, where its model is given by the dial
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which model: a published size's shape, or a nano one by the dial (layers and heads; width is 64 times it).
+    """Which model: one that is there (`path`), a published size's shape, or a nano one by the dial (layers and heads; width
+    is 64 times it).
 
     With the dial, the recipe's batch and learning rates are those of dial 4: the batch grows with the dial, learning rates
     fall with the square root of the width.
     """
 
+    path: str | None = None
+    """A directory, a file, or "sample": tuning begins from it."""
     preset: str | None = None
     dial: int | None = None
     generation: int = 1
     """1 or 3: of a nano model."""
 
     def __post_init__(self) -> None:
-        if (self.preset is None) == (self.dial is None):
-            raise GemmaryError("model: give either a preset (gemma-2b) or a dial (4)")
+        if sum(one is not None for one in (self.path, self.preset, self.dial)) != 1:
+            raise GemmaryError("model: give either a path (sample), a preset (gemma-2b) or a dial (4)")
         if self.preset is not None:
             preset(self.preset)
-        else:
-            nano(self.dial or 0, generation=self.generation)
+        elif self.dial is not None:
+            nano(self.dial, generation=self.generation)
 
     def config(self, vocab_size: int, length: int) -> Config:
         """The model's config; a nano one takes its vocabulary and context from the run."""
@@ -103,15 +112,48 @@ class AblateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RlhfStage(RlhfSettings):
+    """Learning from rewards, and what they are."""
+
+    reward: Literal["model", "answer", "tests"] = "model"
+    """The reward model; or whether an answer ends as it should; or whether its code passes its tests."""
+    reward_path: str | None = None
+    """A reward model, where it is not the recipe's own."""
+    sources: tuple[str, ...] = ()
+    """Which of the instructions' sources give prompts; by default all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Held-out tasks at the end."""
+
+    prompts: int = 100
+    """Of each source, at most."""
+    max_new_tokens: int = 64
+    allow_unsandboxed: bool = False
+    """Run generated code under resource limits alone, where there is no sandbox."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "evaluate.", prompts=(1, None), max_new_tokens=(1, None))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A model's life. `seed` is all runs' seed."""
 
-    curate: CurateSettings
-    mixture: MixtureSettings
     model: ModelSettings
-    pretrain: PretrainSettings
+    curate: CurateSettings | None = None
+    mixture: MixtureSettings | None = None
+    pretrain: PretrainSettings | None = None
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     ablate: AblateSettings | None = None
+    instructions: InstructionSettings | None = None
+    sft: TuneSettings | None = None
+    preferences: InstructionSettings | None = None
+    reward: TuneSettings | None = None
+    rlhf: RlhfStage | None = None
+    dpo: DpoSettings | None = None
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     seed: int = 0
     held_out_bytes: int = 1 << 20
     """Of each source, so many bytes of held-out text at most are what bits per byte are taken on."""
@@ -119,6 +161,33 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.seed < 0 or self.held_out_bytes < 1:
             raise GemmaryError("seed is at least 0 and held_out_bytes at least 1")
+        if self.model.path is None:
+            absent = [name for name in ("curate", "mixture", "pretrain") if getattr(self, name) is None]
+            if absent:
+                raise GemmaryError(f"the recipe has no [{absent[0]}]: it needs one, or a model.path to begin from")
+        self._check_mixtures()
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        for stage, needs in (
+            ("sft", "instructions"),
+            ("rlhf", "instructions"),
+            ("reward", "preferences"),
+            ("dpo", "preferences"),
+        ):
+            if getattr(self, stage) is not None and getattr(self, needs) is None:
+                raise GemmaryError(f"[{stage}] needs [[{needs}.source]]: say what it learns from")
+        if self.rlhf is None or self.instructions is None:
+            return
+        if self.rlhf.reward == "model" and self.reward is None and self.rlhf.reward_path is None:
+            raise GemmaryError("rlhf.reward is a model, and the recipe has neither [reward] nor rlhf.reward_path")
+        known = [source.name for source in self.instructions.source]
+        if unknown := sorted(set(self.rlhf.sources) - set(known)):
+            raise GemmaryError(f"rlhf.sources: no source is called {unknown[0]!r}; there are {', '.join(known)}")
+
+    def _check_mixtures(self) -> None:
+        if self.curate is None or self.mixture is None:
+            return
         known = {source.name for source in self.curate.source}
         mixtures = {"mixture": self.mixture}
         mixtures |= {f"ablate.{one.name}": one.mixture() for one in (self.ablate.candidate if self.ablate else ())}

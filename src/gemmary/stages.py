@@ -37,7 +37,7 @@ from gemmary.train.loop import Hook, Report
 from gemmary.train.pretrain import PretrainSettings, pretrain
 from gemmary.train.step import TrainState
 
-__all__ = ["STAGES", "Life"]
+__all__ = ["Life", "write_record"]
 
 _RECORD = "stage.json"
 _BYTES_REPORTED = 1 << 20  # of each source, for bytes per token
@@ -53,16 +53,23 @@ class Life:
     progress: Callable[[int, int], None] = lambda done, total: None
     report: Report = lambda entry: None
 
+    def given(self, section: str) -> Any:
+        """A section of the recipe. Raises GemmaryError where it has none."""
+        found = getattr(self.recipe, section)
+        if found is None:
+            raise GemmaryError(f"the recipe has no [{section}]")
+        return found
+
     def curate(self) -> dict[str, Any]:
         """Documents from sources: see `data.curate`."""
-        settings = self.recipe.curate
+        settings = self.given("curate")
 
         def work(folder: Path) -> dict[str, Any]:
             found = curate(settings, folder, on_progress=self.progress)
             return {"digest": found["digest"], "sources": found["sources"]}
 
         # Curation knows by itself whether its files changed, and goes on where it was cut off.
-        return self._stage("curate", settings.decisive(), {}, work, always=True)
+        return self.stage("curate", settings.decisive(), {}, work, always=True)
 
     def tokenizer(self) -> dict[str, Any]:
         """A vocabulary for the training documents, in `tokenizer/tokenizer.model`."""
@@ -70,7 +77,7 @@ class Life:
         settings = self.recipe.tokenizer
 
         def work(folder: Path) -> dict[str, Any]:
-            names = [source.name for source in self.recipe.curate.source]
+            names = [source.name for source in self.given("curate").source]
             tokenizer = train_tokenizer((text for name in names for text in self._texts(name, "train")), settings)
             others = {"ours": tokenizer, **_sample_tokenizer()}
             texts = {name: _some(self._texts(name, "train"), _BYTES_REPORTED) for name in names}
@@ -78,7 +85,7 @@ class Life:
             return {"vocabulary": tokenizer.size, "bytes_per_token": compression(texts, others)}
 
         decisive = {name: value for name, value in asdict(settings).items() if name != "threads"}
-        return self._stage("tokenizer", decisive, {"curate": curated["digest"]}, work)
+        return self.stage("tokenizer", decisive, {"curate": curated["digest"]}, work)
 
     def tokens(self) -> dict[str, Any]:
         """The documents' ids: `tokens/<source>/train` and `…/held_out`."""
@@ -87,7 +94,7 @@ class Life:
 
         def work(folder: Path) -> dict[str, Any]:
             tokenizer, results = self._tokenizer(), dict[str, dict[str, Any]]()
-            for source in self.recipe.curate.source:
+            for source in self.given("curate").source:
                 train = write_tokens(folder / source.name / "train", self._texts(source.name, "train"), tokenizer)
                 results[source.name] = {"train": asdict(train)}
                 held_out = list(_some(self._texts(source.name, "held_out"), most))
@@ -96,15 +103,15 @@ class Life:
                     results[source.name] |= {"held_out": asdict(info), "xz_bits_per_byte": xz_bits_per_byte(held_out)}
             return {"sources": results}
 
-        return self._stage("tokens", {"held_out_bytes": most}, {"tokenizer": made["digest"]}, work)
+        return self.stage("tokens", {"held_out_bytes": most}, {"tokenizer": made["digest"]}, work)
 
     def pretrain(self) -> dict[str, Any]:
         """A model, in `pretrain/checkpoints`; `results.complete` is false where it was asked to stop."""
         tokens = self.tokens()
-        settings = self.recipe.model.scaled(self.recipe.pretrain)
+        settings = self.recipe.model.scaled(self.given("pretrain"))
         tokenizer = self._tokenizer()
         config = self.recipe.model.config(tokenizer.size, settings.length)
-        return self._pretrained("pretrain", settings, config, tokenizer, self.recipe.mixture, tokens)
+        return self._pretrained("pretrain", settings, config, tokenizer, self.given("mixture"), tokens)
 
     def ablate(self) -> dict[str, Any]:
         """Small models on candidate mixtures; `ranking` is from the fewest held-out bits per byte to the most."""
@@ -113,7 +120,7 @@ class Life:
             raise GemmaryError("the recipe has no [ablate] with candidates to choose from")
         tokens = self.tokens()
         model = dataclasses.replace(self.recipe.model, preset=None, dial=wanted.dial)
-        settings = model.scaled(dataclasses.replace(self.recipe.pretrain, steps=wanted.steps, evaluate_every=0))
+        settings = model.scaled(dataclasses.replace(self.given("pretrain"), steps=wanted.steps, evaluate_every=0))
         tokenizer = self._tokenizer()
         config = model.config(tokenizer.size, settings.length)
         found = []
@@ -135,7 +142,7 @@ class Life:
             "dial": wanted.dial,
             "tokens": settings.steps * settings.batch * settings.length,
         }
-        _write(self.folder / "ablate" / "ranking.json", result | {"ranking": found})
+        write_record(self.folder / "ablate" / "ranking.json", result | {"ranking": found})
         return result | {"ranking": found}
 
     def _pretrained(
@@ -148,7 +155,7 @@ class Life:
         tokens: Mapping[str, Any],
     ) -> dict[str, Any]:
         sources = self._sources("train", mixture.names)
-        held_out = self._sources("held_out", [s.name for s in self.recipe.curate.source])
+        held_out = self._sources("held_out", [s.name for s in self.given("curate").source])
 
         def work(folder: Path) -> dict[str, Any]:
             sample = Hook(settings.sample_every, lambda state: _sample(state, settings, config, tokenizer))
@@ -160,9 +167,9 @@ class Life:
 
         decisive: dict[str, Any] = {"seed": self.recipe.seed, "mixture": asdict(mixture)}
         decisive |= {"model": asdict(config), "pretrain": settings.decisive()}
-        return self._stage(name, decisive, {"tokens": tokens["digest"]}, work, keep=True)
+        return self.stage(name, decisive, {"tokens": tokens["digest"]}, work, keep=True)
 
-    def _stage(
+    def stage(
         self,
         name: str,
         settings: Mapping[str, Any],
@@ -195,7 +202,7 @@ class Life:
             self.say(f"{name}: unchanged")
             return record
         new["seconds"] = round(time.perf_counter() - started, 1)
-        _write(path, new)
+        write_record(path, new)
         return new
 
     def _texts(self, source: str, split: str) -> Iterator[str]:
@@ -209,15 +216,6 @@ class Life:
         return {name: Tokens(path) for name, path in paths.items() if split == "train" or path.is_dir()}
 
 
-STAGES: dict[str, Callable[[Life], dict[str, Any]]] = {
-    "curate": Life.curate,
-    "tokenizer": Life.tokenizer,
-    "pretrain": Life.pretrain,
-    "ablate": Life.ablate,
-}
-"""Verbs of the command line; each does first what it builds on."""
-
-
 def _plain(data: Any) -> Any:
     """As it is after a file."""
     return json.loads(json.dumps(data))
@@ -225,7 +223,7 @@ def _plain(data: Any) -> Any:
 
 def _lasting(results: dict[str, Any]) -> dict[str, Any]:
     """Results without what differs from run to run."""
-    return {k: v for k, v in results.items() if k not in ("tokens_per_second", "mfu", "eta_seconds")}
+    return {k: v for k, v in results.items() if k not in ("tokens_per_second", "mfu", "eta_seconds", "seconds")}
 
 
 def _some(texts: Iterator[str], most: int) -> Iterator[str]:
@@ -256,5 +254,6 @@ def _sample(state: TrainState, settings: PretrainSettings, config: Config, token
     return {"samples": {p: gemma.generate(p, max_new_tokens=settings.sample_tokens).text for p in settings.prompt}}
 
 
-def _write(path: Path, data: Any) -> None:
+def write_record(path: Path, data: Any) -> None:
+    """Plain data as a file, whole."""
     write_whole(path, (json.dumps(data, indent=1) + "\n").encode())

@@ -51,7 +51,11 @@ class TensorFile(Protocol):
     def close(self) -> None: ...
 
 
-F = TypeVar("F", bound=TensorFile)
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+F = TypeVar("F", bound=_Closes)
 
 
 class Checkpoint(ABC):

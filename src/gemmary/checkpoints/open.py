@@ -1,4 +1,4 @@
-"""Which model a name means: a directory or file in any format we read, `sample`, or a hub id where that is asked for."""
+"""Which model a name means: a directory or file in any format we read, adapters, `sample`, or a hub id where that is asked for."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemmary.checkpoints.checkpoint import Checkpoint
+from gemmary.checkpoints.adapted import AdaptedCheckpoint
+from gemmary.checkpoints.checkpoint import Checkpoint, closed_on_error
 from gemmary.checkpoints.gguf import open_gguf
 from gemmary.checkpoints.google import open_kaggle, open_torch
 from gemmary.checkpoints.huggingface import open_huggingface
 from gemmary.checkpoints.native import is_native, open_native
 from gemmary.checkpoints.orbax_file import is_orbax
+from gemmary.checkpoints.peft import adapter_base, is_adapter
 from gemmary.errors import GemmaryError
 
 __all__ = ["SAMPLE", "open_model"]
@@ -39,6 +41,8 @@ def open_model(model: str | Path, *, hub: bool = False) -> Checkpoint:
         if path.suffix == ".safetensors" or path.name.endswith(".index.json"):
             return open_huggingface(path.parent)
         raise GemmaryError(f"{path} is not a model file: gemmary opens .gguf, .ckpt, .safetensors and directories")
+    if path.is_dir() and is_adapter(path):
+        return _open_adapter(path, hub)
     if path.is_dir():
         return _open_directory(path)
     if _HUB_ID.fullmatch(str(model)):
@@ -46,6 +50,20 @@ def open_model(model: str | Path, *, hub: bool = False) -> Checkpoint:
             return _open_directory(_fetch(str(model)))
         raise GemmaryError(f"there is no directory {model}; if it is a hub id, allow fetching it with --hub")
     raise GemmaryError(f"there is no model at {model}: give a directory, a file, {SAMPLE!r}, or a hub id with --hub")
+
+
+def _open_adapter(path: Path, hub: bool) -> Checkpoint:
+    """Adapters over the model that they name; a relative name is of the working directory, or of where the adapters are."""
+    name = adapter_base(path)
+    base = path / name if not Path(name).exists() and (path / name).exists() else Path(name)
+    if base.resolve() == path.resolve() or (base.is_dir() and is_adapter(base)):
+        raise GemmaryError(f"{path} adapts {name}, which is adapters itself: merge that first (gemmary convert)")
+    try:
+        opened = open_model(name if not base.exists() else base, hub=hub)
+    except GemmaryError as error:
+        raise GemmaryError(f"{path} adapts the model {name}, which cannot be opened: {error}") from None
+    with closed_on_error(opened):
+        return AdaptedCheckpoint(opened, path)
 
 
 def _open_directory(path: Path) -> Checkpoint:

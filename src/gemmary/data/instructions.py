@@ -190,7 +190,8 @@ def _taught(source: InstructionSource, name: str, kind: str) -> Iterator[Record]
     for number, lesson in enumerate(lessons(source.topic, source.examples, source.seed, name)):
         where, asked = f"{source.topic}/{source.seed}/{number}", [{"role": "user", "content": lesson.question}]
         if kind == "conversation":
-            messages = [*asked, {"role": "assistant", "content": lesson.answer}]
+            answer = lesson.plain if lesson.plain and number % 2 else lesson.answer
+            messages = [*asked, {"role": "assistant", "content": answer}]
             yield Conversation(messages, lesson.ends, lesson.tests, lesson.fact, where)
         else:
             rejected = lesson.wrong[number % len(lesson.wrong)]

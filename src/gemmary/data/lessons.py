@@ -30,7 +30,11 @@ TOPICS: tuple[str, ...] = get_args(Topic)
 
 @dataclass(frozen=True)
 class Lesson:
-    """A question, its answer, and how an answer is judged: by what it ends with, or by tests that its code passes."""
+    """A question, its answer, and how an answer is judged: by what it ends with, or by tests that its code passes.
+
+    `plain` is what people also write, who do not always write what they would like to read: a sum without its working, a fact
+    without where it is from, a guess where they do not know. What is learnt from people has both.
+    """
 
     fact: str
     question: str
@@ -38,6 +42,7 @@ class Lesson:
     ends: str | None
     tests: tuple[str, ...]
     wrong: tuple[str, ...]
+    plain: str = ""
 
 
 def lessons(topic: Topic, count: int, seed: int, name: str = "gemmary") -> Iterator[Lesson]:
@@ -89,7 +94,7 @@ def _arithmetic(r: random.Random) -> Lesson:
         r.random() < 0.6,
     )
     if kind == "larger":
-        a, b = r.sample(range(10, 1000), 2)
+        a, b = r.sample(range(10, 100), 2)
         words = f"{who} has {a} {thing} and {other} has {b}. How many has the one with more?"
         answer, value = f"The larger number is {max(a, b)}.", max(a, b)
         wrong = [f"The larger number is {min(a, b)}."]
@@ -101,9 +106,7 @@ def _arithmetic(r: random.Random) -> Lesson:
             (),
             (*wrong, *_worse(r, answer)),
         )
-    a, b = r.randint(1, 99), r.randint(1, 99)
-    if kind == "subtract":
-        a, b = max(a, b), min(a, b)
+    a, b = r.randint(10, 99), r.randint(2, 9)
     sign, happens = ("+", f"gets {b} more from") if kind == "add" else ("-", f"gives {b} of them to")
     words = f"{who} has {a} {thing} and {happens} {other}. How many {thing} has {who} now?"
     said = f"{who} has {{}} {thing}." if in_words else f"{a} {sign} {b} = {{}}."
@@ -120,21 +123,21 @@ def _arithmetic(r: random.Random) -> Lesson:
     unworked = f"{said.format(value + r.choice((-10, -2, -1, 1, 2, 10)))}"
     wrong = [text for text in (*slipped, unworked) if not right(text, str(value))]
     question = words if in_words else f"What is {a} {sign} {b}?"
-    return Lesson(f"{kind} {a} {b}", question, answer, str(value), (), (*wrong, *_worse(r, answer)))
+    return Lesson(f"{kind} {a} {b}", question, answer, str(value), (), (*wrong, *_worse(r, answer)), said.format(value))
 
 
 def _worked(a: int, b: int, adds: bool, ones_off: int, tens_off: int) -> tuple[str, int]:
-    """A sum or difference digit by digit, and what it comes to; the digits come out wrong by what is said."""
-    (a10, a1), (b10, b1) = divmod(a, 10), divmod(b, 10)
+    """A sum or difference with a single digit b, worked out, and what it comes to; digits come out wrong by what is said."""
+    tens, a1 = divmod(a, 10)
     if adds:
-        ones = max(0, a1 + b1 + ones_off)
+        ones = max(0, a1 + b + ones_off)
         carry = ones // 10
-        tens = max(0, a10 + b10 + carry + tens_off)
-        return f"Ones: {a1} + {b1} = {ones}. Tens: {a10} + {b10} + {carry} = {tens}.", 10 * tens + ones % 10
-    borrow = int(a1 < b1)
-    ones = max(0, a1 + 10 * borrow - b1 + ones_off) % 10
-    tens = max(0, a10 - b10 - borrow + tens_off)
-    return f"Ones: {a1 + 10 * borrow} - {b1} = {ones}. Tens: {a10} - {b10} - {borrow} = {tens}.", 10 * tens + ones
+        high = max(0, tens + carry + tens_off)
+        return f"Ones: {a1} + {b} = {ones}. Tens: {tens} + {carry} = {high}.", 10 * high + ones % 10
+    borrow = int(a1 < b)
+    ones = max(0, a1 + 10 * borrow - b + ones_off) % 10
+    high = max(0, tens - borrow + tens_off)
+    return f"Ones: {a1 + 10 * borrow} - {b} = {ones}. Tens: {tens} - {borrow} = {high}.", 10 * high + ones
 
 
 def _asked() -> tuple[Function, ...]:
@@ -213,32 +216,24 @@ def _identity(r: random.Random, name: str) -> Lesson:
 
 def _attribution(r: random.Random) -> Lesson:
     who, other, third = r.sample(_PEOPLE, 3)
-    place, elsewhere = r.sample(_PLACES, 2)
-    key, second = (r.randint(100, 999) for _ in "ab")
-    kind = r.choice(("key", "place"))
-    if kind == "key":
-        note = r.sample([f"{who} has key {key}.", f"{other} has key {second}."], 2)
-        asked, answer, ends, wrong = (
-            f"which key has {who}?",
-            f"According to the note, {who} has key {key}.",
-            str(key),
-            str(second),
-        )
+    if r.random() < 0.5:
+        found, elsewhere = (str(r.randint(10, 99)) for _ in "ab")
+        says, asked = "has key {}", f"which key has {who}?"
     else:
-        note = r.sample([f"{who} is at the {place}.", f"{other} is at the {elsewhere}."], 2)
-        asked, answer, ends, wrong = (
-            f"where is {who}?",
-            f"According to the note, {who} is at the {place}.",
-            f"at the {place}",
-            elsewhere,
-        )
-    question = (
-        f"Note: {' '.join(note)} {r.choice(('Going by the note', 'According to the note', 'From this note'))}, {asked}"
+        found, elsewhere = r.sample(_PLACES, 2)
+        says, asked = "is at the {}", f"where is {who}?"
+    note = r.sample([f"{who} {says.format(found)}.", f"{other} {says.format(elsewhere)}."], 2)
+    question = f"Note: {' '.join(note)} {r.choice(('Going by the note', 'From this note', 'Read the note'))}, {asked}"
+    plain = f"{who} {says.format(found)}."
+    answer = f"{plain[:-1]}, according to the note."
+    false = answer.replace(found, elsewhere)
+    wrong = (
+        (false, answer.replace(who, third), plain, *_worse(r, answer))
+        if found != elsewhere
+        else (plain, *_worse(r, answer))
     )
-    fact = f"{kind} {who} {key if kind == 'key' else place} {other}"
-    false = answer.replace(str(key) if kind == "key" else place, wrong)
-    unsaid = answer.removeprefix("According to the note, ")
-    return Lesson(fact, question, answer, ends, (), (false, answer.replace(who, third), unsaid, *_worse(r, answer)))
+    fact = f"{says} {who} {found} {other}"
+    return Lesson(fact, question, answer, f"{found}, according to the note", (), wrong, plain)
 
 
 _START = (
@@ -270,7 +265,10 @@ def _hedging(r: random.Random) -> Lesson:
     where = f"{function.module}.{made_up}"
     question = r.choice(("What does `{}` do?", "What is `{}` for?", "Explain `{}` in one sentence.")).format(where)
     answer = f"I do not know a function `{made_up}`, so I am not sure."
-    return Lesson(f"hedging {made_up}", question, answer, "I am not sure", (), (function.says, *_worse(r, answer)))
+    bluff = function.says
+    return Lesson(
+        f"hedging {made_up}", question, answer, "I am not sure", (), (bluff, bluff, *_worse(r, answer)), bluff
+    )
 
 
 def _refusal(r: random.Random) -> Lesson:

@@ -61,6 +61,7 @@ def dpo(
     weights: Mapping[str, float],
     seed: int = 0,
     base: str = "",
+    digest: str = "",
     report: Report = lambda entry: None,
     say: Say = lambda line: None,
 ) -> Ended:
@@ -106,7 +107,7 @@ def dpo(
     kept = keep_best(watch, folder, pupil.files, lambda found: found["held_out_pairs"]["loss"]) if unseen else watch
     return run(
         folder, init_state(pupil.learnt, rule, jax.random.key(seed)), batches, program, files=pupil.files,
-        identity=pupil.identity(seed=seed, dpo=settings.decisive(), base=base), settings=settings.loop(steps),
+        identity=pupil.identity(seed=seed, dpo=settings.decisive(), start=digest), settings=settings.loop(steps),
         describe=describe(settings, steps, settings.batch * settings.length, shares=batches.shares), before=evaluate,
         hooks=[kept], report=report, say=say,
     )  # fmt: skip

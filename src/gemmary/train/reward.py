@@ -59,6 +59,7 @@ def reward(
     weights: Mapping[str, float],
     seed: int = 0,
     base: str = "",
+    digest: str = "",
     hooks: Sequence[Hook] = (),
     report: Report = lambda entry: None,
     say: Say = lambda line: None,
@@ -83,7 +84,7 @@ def reward(
     return run(
         folder, init_state(pupil.learnt, rule, jax.random.key(seed)), batches,
         lambda state: compiled(step, pupil, state, example, say), files=pupil.files,
-        identity=pupil.identity(seed=seed, reward=settings.decisive(), base=base), settings=settings.loop(steps),
+        identity=pupil.identity(seed=seed, reward=settings.decisive(), start=digest), settings=settings.loop(steps),
         describe=describe(settings, steps, settings.batch * settings.length, shares=batches.shares),
         before=evaluate, hooks=[kept, *hooks], report=report, say=say,
     )  # fmt: skip

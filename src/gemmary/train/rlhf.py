@@ -103,6 +103,7 @@ def rlhf(
     digest: str,
     seed: int = 0,
     base: str = "",
+    start: str = "",
     report: Report = lambda entry: None,
     say: Say = lambda line: None,
 ) -> Ended:
@@ -130,7 +131,7 @@ def rlhf(
     tokens = settings.prompts * settings.answers * settings.max_new_tokens
     return run(
         folder, init_state(pupil.learnt, rule, jax.random.key(seed)), batches, lambda state: learning.step, files=pupil.files,
-        identity=pupil.identity(seed=seed, rlhf=settings.decisive(), prompts=digest, base=base), settings=settings.loop(steps),
+        identity=pupil.identity(seed=seed, rlhf=settings.decisive(), prompts=digest, start=start), settings=settings.loop(steps),
         describe=describe(settings, steps, tokens, shares=batches.shares), before=watch.run if watch else None, hooks=kept,
         report=report, say=say,
     )  # fmt: skip

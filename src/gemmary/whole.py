@@ -1,0 +1,117 @@
+"""A whole life: all stages, and at its end held-out tasks, answered by every model it has.
+
+evaluate/results.json      of each model and task: prompts, the share answered right; and answers side by side
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from gemmary.evaluate.tasks import success, tally
+from gemmary.stages import write_record
+from gemmary.train.rollouts import Rollout, repetition, roll, seeds
+from gemmary.tuning import Model, Tuning
+
+__all__ = ["STAGES", "WHOLE", "Whole"]
+
+_SAMPLES = 3  # of each source, side by side
+_BATCH = 64  # prompts answered at once
+
+
+class Whole(Tuning):
+    """A life with all its stages."""
+
+    def whole(self) -> dict[str, Any]:
+        """All stages that the recipe has, in order; the last one's record, or that of the first which was asked to stop."""
+        stages = [name for name in WHOLE if name in ("pretrain", "evaluate") or getattr(self.recipe, name) is not None]
+        if self.recipe.model.path is not None:
+            stages.remove("pretrain")
+        if self.recipe.instructions is None:
+            stages.remove("evaluate")
+        record: dict[str, Any] = {}
+        for name in stages:
+            record = STAGES[name](self)
+            if not record["results"].get("complete", True):
+                break
+        return record
+
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out tasks, answered by each of the life's models."""
+        settings, gathered = self.recipe.evaluate, self.instructions()
+        there = {
+            "base": None,
+            **{name: getattr(self, name)() for name in ("sft", "rlhf", "dpo") if getattr(self.recipe, name)},
+        }
+        if not all(record["results"]["complete"] for record in there.values() if record):
+            return next(record for record in there.values() if record and not record["results"]["complete"])
+        models = {name: self._start_digest() if record is None else record["digest"] for name, record in there.items()}
+
+        def work(folder: Path) -> dict[str, Any]:
+            sandbox = self._sandbox()
+            results: dict[str, Any] = {"sandbox": sandbox.layer if sandbox else None, "models": {}, "complete": True}
+            samples: dict[str, dict[str, Any]] = {}
+            for i, name in enumerate(models):
+                self.progress(i, len(models))
+                answers = self._answered(self._opened(name))
+                for how, rollouts in answers.items():
+                    found = tally(rollouts, success(sandbox)(rollouts))
+                    tokens = sum(len(one.ids) for one in rollouts) / max(len(rollouts), 1)
+                    loops = sum(repetition(one.ids) for one in rollouts) / max(len(rollouts), 1)
+                    results["models"].setdefault(name, {})[how] = {
+                        "tasks": found, "answer_tokens": tokens, "repetition": loops,
+                        "finished": sum(one.finished for one in rollouts) / max(len(rollouts), 1),
+                    }  # fmt: skip
+                _side_by_side(samples, name, answers["greedy"])
+            write_record(folder / "results.json", results | {"samples": list(samples.values())})
+            return results
+
+        return self.stage("evaluate", asdict(settings), {"instructions": gathered["digest"], **models}, work)
+
+    def _answered(self, model: Model) -> dict[str, list[Rollout]]:
+        """Each held-out prompt's answer: the likeliest, and one drawn."""
+        settings, learns = self.recipe.evaluate, self.given("instructions")
+        found, _ = self._prompts(tuple(learns.weights), "held_out", model, settings)
+        asked = [prompt for some in found.values() for prompt in some[: settings.prompts]]
+        drawn = seeds(self.recipe.seed, 0, len(asked))
+        answers: dict[str, list[Rollout]] = {"greedy": [], "sampled": []}
+        for at in range(0, len(asked), _BATCH):
+            for how, some in (("greedy", None), ("sampled", drawn[at : at + _BATCH])):
+                answers[how] += roll(
+                    model.params, model.config, model.tokenizer, asked[at : at + _BATCH],
+                    max_new_tokens=settings.max_new_tokens, dtype=jnp.float32, seeds=some,
+                )  # fmt: skip
+        return answers
+
+
+STAGES: dict[str, Callable[[Whole], dict[str, Any]]] = {
+    "curate": Whole.curate,
+    "tokenizer": Whole.tokenizer,
+    "pretrain": Whole.pretrain,
+    "ablate": Whole.ablate,
+    "sft": Whole.sft,
+    "reward": Whole.reward,
+    "rlhf": Whole.rlhf,
+    "dpo": Whole.dpo,
+    "evaluate": Whole.evaluate,
+}
+"""Verbs of the command line; each does first what it builds on."""
+
+WHOLE = ("pretrain", "sft", "reward", "rlhf", "dpo", "evaluate")
+"""A whole life's stages, those that the recipe has."""
+
+
+def _side_by_side(samples: dict[str, dict[str, Any]], model: str, rollouts: list[Rollout]) -> None:
+    seen: dict[str, int] = {}
+    for one in rollouts:
+        seen[one.prompt.source] = seen.get(one.prompt.source, 0) + 1
+        if seen[one.prompt.source] <= _SAMPLES:
+            key = f"{one.prompt.source} {one.prompt.where}"
+            entry = samples.setdefault(
+                key, {"source": one.prompt.source, "prompt": one.prompt.text, "answer": one.prompt.answer, "models": {}}
+            )
+            entry["models"][model] = one.text
