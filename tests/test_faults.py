@@ -39,10 +39,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unbroken(inputs: Path) -> tuple[str, float]:
+    return unbroken_run(inputs, "pretrain")
+
+
+def unbroken_run(inputs: Path, stage: str) -> tuple[str, float]:
     """What the run comes to when nothing happens to it, and the seconds its steps and saves take. Run twice."""
     words, seconds = [], 0.0
     for name in ("first", "second"):
-        process = start(inputs, inputs.parent / name, pause=PAUSE)
+        process = start(inputs, inputs.parent / f"{stage}_{name}", pause=PAUSE, stage=stage)
         until(process, "step")
         started = time.monotonic()
         words.append(finished(process))
@@ -52,7 +56,9 @@ def unbroken(inputs: Path) -> tuple[str, float]:
     return words[0], seconds
 
 
-def killed_runs(inputs: Path, folder: Path, unbroken: tuple[str, float], kills: int, seed: int) -> Counter[str]:
+def killed_runs(
+    inputs: Path, folder: Path, unbroken: tuple[str, float], kills: int, seed: int, stage: str = "pretrain"
+) -> Counter[str]:
     """Runs, each started again until it is complete, killed so often in all; every one comes to the same.
 
     A kill is aimed at a save, as soon as a half-written checkpoint is seen or a little later, at any instant after a step,
@@ -63,7 +69,7 @@ def killed_runs(inputs: Path, folder: Path, unbroken: tuple[str, float], kills: 
     while counts["kills"] < kills:
         run = folder / f"run{counts['runs']}"
         while True:
-            process = start(inputs, run, pause=PAUSE, core=seed)
+            process = start(inputs, run, pause=PAUSE, core=seed, stage=stage)
             if counts["kills"] >= kills:
                 break
             if not _killed(process, run, rng, seconds):  # it was done before, and what it said is read: ask it again
@@ -71,7 +77,7 @@ def killed_runs(inputs: Path, folder: Path, unbroken: tuple[str, float], kills: 
                     until(process, "never")
                     process.stdout.close()  # type: ignore[union-attr]
                 process.wait()
-                process = start(inputs, run, core=seed)
+                process = start(inputs, run, core=seed, stage=stage)
                 break
             counts["kills"] += 1
             counts["inside a save"] += any((run / "checkpoints").glob(".step_*.partial"))
@@ -118,6 +124,14 @@ def test_killed_it_goes_on_to_the_same_end(inputs: Path, unbroken: tuple[str, fl
     print(f"\nT1 {dict(counts)}, seeds {seeds}, 0 mismatches")
     assert counts["kills"] == 20
     assert counts["inside a save"] >= 3
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rlhf"])
+def test_killed_in_tuning_it_goes_on_to_the_same_end(inputs: Path, stage: str, tmp_path: Path) -> None:
+    expected, seeds = unbroken_run(inputs, stage), [10, 11]
+    counts = in_two_lanes(lambda seed: killed_runs(inputs, tmp_path / str(seed), expected, 5, seed, stage), seeds)
+    print(f"\nT2 {stage} {dict(counts)}, seeds {seeds}, 0 mismatches")
+    assert counts["kills"] == 10
 
 
 def asked_to_end(process: Any, said: str, run: Path) -> str:

@@ -22,7 +22,18 @@ FLOORS = [
     ["train"],
     ["evaluate"],
     ["gemma", "inspect", "chat"],
-    ["recipe", "stages", "teaching", "tuning", "whole", "watch"],
+    [
+        "recipe",
+        "stages",
+        "teaching",
+        "tuning",
+        "whole",
+        "watch",
+        "report_figures",
+        "report_pages",
+        "report_sections",
+        "report",
+    ],
     ["cli"],
 ]
 ROOMS = {
@@ -40,7 +51,7 @@ ROOMS = {
     "infer": ["sampling", "engine"],
     "train": [
         "memory", "flops", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "loop", "run", "pretrain", "finetune",
-        "sft", "reward", "rollouts", "rewards", "rlhf", "dpo",
+        "sft", "reward", "rollouts", "rewards", "watching", "rlhf", "dpo",
     ],
     "evaluate": ["harness", "assertions", "sandbox", "tasks"],
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tokenized documents on disk: what goes in comes out, whole or not at all."""
+"""Tokenized documents and conversations on disk: what goes in comes out, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from token_files import numbered, tokens_of
 
-from gemmary.data.tokens import Tokens, tokenizer_digest, write_tokens
+from gemmary.data.tokens import Tokens, tokenizer_digest, write_dialogues, write_tokens
 from gemmary.errors import GemmaryError
-from gemmary.text import Tokenizer
+from gemmary.text import Dialogue, Tokenizer, encode_dialogue
 
 
 def texts(seed: int, count: int) -> list[str]:
@@ -153,3 +153,98 @@ def test_damage_is_found(tmp_path: Path) -> None:
         with pytest.raises(GemmaryError, match="not as it was written"):
             Tokens(path).verify()
         (path / name).write_bytes(kept[name])
+
+
+# --- Conversations ----------------------------------------------------------------------------------------------------
+
+ANSWERS = ["Hello!", "déjà vu", "😀", "x = 1\n" * 40]
+
+
+def talk(tokenizer: Tokenizer, answers: list[str]) -> Dialogue:
+    """What the user says, and these answers."""
+    said = [
+        message
+        for answer in answers
+        for message in ({"role": "user", "content": "And then?"}, {"role": "assistant", "content": answer})
+    ]
+    return encode_dialogue(tokenizer, said, generation=3, open_turn=False)
+
+
+@pytest.fixture
+def talks(tiny: Tokenizer) -> list[Dialogue]:
+    return [talk(tiny, ANSWERS[:n]) for n in (1, 4, 2)]
+
+
+def test_conversations_come_back_with_what_is_learnt(tmp_path: Path, tiny: Tokenizer, talks: list[Dialogue]) -> None:
+    info = write_dialogues(tmp_path / "a", iter(talks), tiny)
+    tokens = Tokens(tmp_path / "a")
+    tokens.verify()
+    assert tokens.info == info
+    assert len(tokens) == info.documents == 3
+    assert [tokens[i].tolist() for i in range(3)] == [one.ids for one in talks]
+    assert [tokens.learnt(i).tolist() for i in range(3)] == [one.loss_mask for one in talks]
+    assert info.tokens == tokens.lengths.sum() == sum(len(one.ids) for one in talks)
+    assert (info.vocab_size, info.tokenizer) == (tiny.size, tokenizer_digest(tiny))
+    assert pickle.loads(pickle.dumps(tokens)).learnt(1).tolist() == talks[1].loss_mask
+
+
+def test_bytes_of_conversations_are_those_of_what_is_learnt(tmp_path: Path, tiny: Tokenizer) -> None:
+    said = [ANSWERS[:1], ANSWERS[:3]]
+    write_dialogues(tmp_path / "a", (talk(tiny, answers) for answers in said), tiny)
+    assert Tokens(tmp_path / "a").bytes == sum(len(text.strip().encode()) for answers in said for text in answers)
+    unlearnt = Dialogue(talk(tiny, ["Hi"]).ids, [False] * len(talk(tiny, ["Hi"]).ids))
+    assert write_dialogues(tmp_path / "b", [unlearnt], tiny).bytes == 1  # what bits are divided by
+
+
+def test_ids_of_conversations_take_as_many_bytes_as_those_of_documents(tmp_path: Path, gemma3: Tokenizer) -> None:
+    one = talk(gemma3, ["\t<unused99>"])
+    write_dialogues(tmp_path / "a", [one], gemma3)
+    assert Tokens(tmp_path / "a")[0].dtype == np.uint32
+    assert Tokens(tmp_path / "a")[0].tolist() == one.ids
+
+
+def test_a_digest_is_of_what_is_learnt_too(tmp_path: Path, tiny: Tokenizer, talks: list[Dialogue]) -> None:
+    flipped = [*talks[:2], Dialogue(talks[2].ids, [False, *talks[2].loss_mask[:-1]])]
+    written = {"a": talks, "b": flipped, "c": talks}
+    digests = {name: write_dialogues(tmp_path / name, one, tiny).digest for name, one in written.items()}
+    assert digests["a"] == digests["c"] != digests["b"]
+
+
+def test_damage_of_what_is_learnt_is_found(tmp_path: Path, tiny: Tokenizer, talks: list[Dialogue]) -> None:
+    write_dialogues(tmp_path / "a", talks, tiny)
+    path = tmp_path / "a" / "learnt.bin"
+    kept = path.read_bytes()
+    for damaged in (kept[:-1], kept + b"\0", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(GemmaryError, match=rf"learnt.bin is {len(damaged)} bytes and should be {len(kept)}"):
+            Tokens(tmp_path / "a")
+    for at in (0, len(kept) - 1):
+        flipped = bytearray(kept)
+        flipped[at] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(GemmaryError, match="not as it was written"):
+            Tokens(tmp_path / "a").verify()
+    path.unlink()
+    with pytest.raises(GemmaryError, match="not as it was written"):
+        Tokens(tmp_path / "a").verify()
+
+
+def test_documents_have_nothing_marked_as_learnt(tmp_path: Path) -> None:
+    with pytest.raises(GemmaryError, match="holds documents, not conversations: write_dialogues makes them"):
+        numbered(tmp_path / "a", [5]).learnt(0)
+
+
+def test_conversations_that_fail_leave_nothing(tmp_path: Path, tiny: Tokenizer, talks: list[Dialogue]) -> None:
+    def broken() -> Iterator[Dialogue]:
+        yield from talks
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError, match="the source broke"):
+        write_dialogues(tmp_path / "a", broken(), tiny)
+    with pytest.raises(GemmaryError, match="no conversation to write"):
+        write_dialogues(tmp_path / "a", [], tiny)
+    assert list(tmp_path.iterdir()) == []
+    write_dialogues(tmp_path / "a", talks, tiny)
+    with pytest.raises(GemmaryError, match="exists already"):
+        write_dialogues(tmp_path / "a", talks[:1], tiny)
+    assert len(Tokens(tmp_path / "a")) == 3

@@ -1,19 +1,16 @@
-"""Quantized and adapted leaves: what they stand for, and that products and lookups with them say the same."""
+"""Quantized leaves: what they stand for, and that products and lookups with them say the same."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import run
 
-from gemmary.adapters import adapt, merge
 from gemmary.errors import GemmaryError
-from gemmary.params import TABLE, Params, init, unstack
+from gemmary.params import TABLE, Params, init
 from gemmary.presets import PRESETS
-from gemmary.weights import Int4, Int8, LoRA, dequantize, lookup, project, quantize, quantize_weight
+from gemmary.weights import Int4, Int8, dequantize, lookup, project, quantize, quantize_weight
 
 CONFIG = PRESETS["nano"].config.replace(num_layers=2, embed_dim=96, ffw_dim=160, num_heads=6, num_kv_heads=2)
 # Each row of the table that is multiplied with: its equation, and the shape of the activations.
@@ -112,52 +109,3 @@ def test_quantizing_a_model_keeps_norms_and_the_embedding_at_eight_bits(params: 
 def test_groups_that_do_not_fit_are_refused() -> None:
     with pytest.raises(GemmaryError, match=r"mlp\.gate.*use 8 bits"):
         quantize_weight("mlp.gate", jnp.zeros((33, 2)), 4)
-
-
-def _stirred(params: Params) -> Params:
-    """Adapters as training would leave them: b no longer zero."""
-
-    def stir(w: Any) -> Any:
-        return dataclasses.replace(w, b=jax.random.normal(jax.random.key(2), w.b.shape) * 0.1)
-
-    is_lora = lambda w: isinstance(w, LoRA)  # noqa: E731
-    return jax.tree.map(lambda w: stir(w) if is_lora(w) else w, params, is_leaf=is_lora)
-
-
-@pytest.mark.parametrize("form", ["stacked", "unstacked"])
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_merged_equals_adapted(params: Params, bits: int | None, form: str) -> None:
-    base = params if bits is None else quantize(params, bits)
-    base = unstack(base) if form == "unstacked" else base
-    targets = [name for name, spec in TABLE.items() if spec.reads]  # the tied embedding too
-    adapted = _stirred(adapt(base, jax.random.key(1), 3, alpha=6.0, targets=targets))
-    ids = jnp.arange(20)[None]
-    with_adapters = run(adapted, CONFIG, ids)
-    np.testing.assert_allclose(run(merge(adapted), CONFIG, ids), with_adapters, atol=2e-4)
-    assert float(jnp.abs(with_adapters - run(base, CONFIG, ids)).max()) > 0.1
-    assert not any(isinstance(w, LoRA) for w in jax.tree.leaves(merge(adapted), is_leaf=lambda w: isinstance(w, LoRA)))
-
-
-def test_a_fresh_adapter_changes_nothing(params: Params) -> None:
-    ids = jnp.arange(20)[None]
-    adapted = adapt(params, jax.random.key(1), 4)
-    np.testing.assert_array_equal(run(adapted, CONFIG, ids), run(params, CONFIG, ids))
-
-
-def test_only_adapters_need_a_gradient(params: Params) -> None:
-    adapted = adapt(quantize(params, 8), jax.random.key(1), 4, targets=["mlp.up"])
-    w = adapted["mlp.up"]
-
-    def loss(b: jax.Array) -> jax.Array:
-        return (run({**adapted, "mlp.up": dataclasses.replace(w, b=b)}, CONFIG, jnp.arange(8)[None]) ** 2).mean()
-
-    assert float(jnp.abs(jax.grad(loss)(w.b)).max()) > 0
-
-
-def test_wrong_targets_are_refused(params: Params) -> None:
-    with pytest.raises(GemmaryError, match=r"attn\.x"):
-        adapt(params, jax.random.key(0), 4, targets=["attn.x"])
-    with pytest.raises(GemmaryError, match="already adapted"):
-        adapt(adapt(params, jax.random.key(0), 4), jax.random.key(0), 4)
-    with pytest.raises(GemmaryError, match="rank"):
-        adapt(params, jax.random.key(0), 0)

@@ -30,6 +30,7 @@ from gemmary.infer.sampling import Sampling
 from gemmary.inspect import Inspection, inspect_checkpoint, inspect_preset
 from gemmary.presets import PRESETS, preset
 from gemmary.recipe import load_recipe
+from gemmary.report import report
 from gemmary.watch import Watch, summary
 from gemmary.whole import STAGES, Whole
 
@@ -177,6 +178,9 @@ def _lived(verb: str, what: str) -> None:
         with Watch(_err, quiet=quiet) as watch:
             life = Whole(settings, folder, say=watch.say, progress=watch.progress, report=watch.report)
             record = life.whole() if verb == "run" else STAGES[verb](life)
+        life.sign(["gemmary", *sys.argv[1:]], recipe)
+        if verb == "run":
+            report(folder)
         if as_json:
             print(json.dumps(record))
         else:
@@ -194,6 +198,17 @@ _lived("sft", "Fine-tune a recipe's model on its conversations, whole or by adap
 _lived("reward", "Train a recipe's reward model on its preferences.")
 _lived("rlhf", "Have a recipe's model learn from rewards for its own answers.")
 _lived("dpo", "Have a recipe's model learn from its preferences, without a reward model.")
+
+
+@app.command("report")
+def report_(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as out/nano.")],
+    watts: Annotated[float, typer.Option(help="Of a busy core, for the estimate of energy.")] = 8.0,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report, RUN/report.html, and its model card, RUN/README.md."""
+    found = report(run, watts=watts)
+    print(json.dumps(found) if as_json else f"{found['page']}\n{found['card']}")
 
 
 @app.callback(invoke_without_command=True)

@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Life:
     say: Callable[[str], None] = lambda line: None
     progress: Callable[[int, int], None] = lambda done, total: None
     report: Report = lambda entry: None
+    _lived: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def given(self, section: str) -> Any:
         """A section of the recipe. Raises GemmaryError where it has none."""
@@ -182,7 +183,21 @@ class Life:
         """The stage's record: the one there is, or that of doing the work now.
 
         `always` asks the work itself whether there is anything to do; `keep` leaves to it what was begun with other settings.
+        A stage that others build on is looked at once.
         """
+        if name not in self._lived:
+            self._lived[name] = self._stage(name, settings, inputs, work, keep, always)
+        return self._lived[name]
+
+    def _stage(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        work: Callable[[Path], dict[str, Any]],
+        keep: bool,
+        always: bool,
+    ) -> dict[str, Any]:
         folder, begun_with = self.folder / name, _plain({"settings": settings, "inputs": inputs})
         path = folder / _RECORD
         record: dict[str, Any] = read_json(path) if path.is_file() else {}

@@ -39,7 +39,7 @@ class Watch:
     def say(self, line: str) -> None:
         """A line that stays."""
         if not self._quiet:
-            self._console.print(line, highlight=False, markup=False)
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._bar.reset(self._task, description=line.split(":")[0], total=None, line="")
 
     def progress(self, done: int, total: int) -> None:
@@ -53,9 +53,9 @@ class Watch:
         stays = bool(_extras(entry))
         if not self._quiet and (stays or (not self._console.is_terminal and time.monotonic() - self._said > _PAUSE)):
             self._said = time.monotonic()
-            self._console.print(line, highlight=False, markup=False)
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
             for extra in _extras(entry):
-                self._console.print(f"    {extra}", highlight=False, markup=False)
+                self._console.print(f"    {extra}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -5,13 +5,20 @@ evaluate/results.json      of each model and task: prompts, the share answered r
 
 from __future__ import annotations
 
+import os
+import platform
+import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from gemmary import kernels
+from gemmary.checkpoints.checkpoint import write_whole
 from gemmary.evaluate.tasks import success, tally
 from gemmary.stages import write_record
 from gemmary.train.rollouts import Rollout, repetition, roll, seeds
@@ -25,6 +32,16 @@ _BATCH = 64  # prompts answered at once
 
 class Whole(Tuning):
     """A life with all its stages."""
+
+    def sign(self, command: list[str], recipe: Path) -> None:
+        """Write down what made this: `run.json`, and the recipe as it was."""
+        about = {
+            "command": command, "gemmary": version("gemmary"), "python": platform.python_version(), "jax": jax.__version__,
+            "kernels": kernels.instructions() or "none", "device": jax.devices()[0].device_kind, "cores": os.cpu_count() or 1,
+            "machine": platform.machine(), "ended": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        }  # fmt: skip
+        write_record(self.folder / "run.json", about)
+        write_whole(self.folder / "recipe.toml", recipe.read_bytes())
 
     def whole(self) -> dict[str, Any]:
         """All stages that the recipe has, in order; the last one's record, or that of the first which was asked to stop."""

@@ -93,7 +93,8 @@ def conversation(record: Any, system: str) -> Conversation:
         if said := next((key for key in _SAID if key in record), None):
             messages = messages + _messages(record[said], "assistant")
     else:
-        raise GemmaryError(f"it has none of messages, prompt and instruction, but {', '.join(map(str, record))[:80]}")
+        has = ", ".join(map(str, record))[:80] or "nothing"
+        raise GemmaryError(f"it has no messages, no prompt, and no instruction with its output, but {has}")
     return Conversation(_checked(messages, system), *_judged(record))
 
 
@@ -133,6 +134,10 @@ def _judged(record: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
         raise GemmaryError("answer is a text or a number")
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not all(isinstance(test, str) for test in tests):
         raise GemmaryError("tests is a list of assertions, each a text")
+    try:
+        "".join([str(answer), *tests]).encode()
+    except UnicodeEncodeError:
+        raise GemmaryError("answer or tests has a lone surrogate: it is not Unicode") from None
     return (None if answer is None else str(answer)), tuple(tests)
 
 

@@ -41,7 +41,7 @@ _OTHERS = (
     r"|DeepSeek|Vicuna|Alpaca|Cohere|Copilot|Grok|xAI|Siri|Alexa|Ernie|ChatGLM|Falcon|Phi-?\d"
 )
 _SELF = re.compile(
-    rf"\b(?:[Ii] am|[Ii]'m|[Ii]’m|[Mm]y name is|[Ii] was (?:made|created|trained|developed)|[Aa]s an? (?:AI|assistant|(?:large )?language model))\b[^.!?\n]{{0,60}}\b(?P<name>{_OTHERS})\b"
+    rf"\b(?:[Ii] am|[Ii]'m|[Ii]’m|[Mm]y name is|[Ii] was (?:made|created|trained|developed)|[Aa]s an? (?:AI|assistant|(?:large )?language model))\b(?:(?!\bnot\b)[^.!?\n]){{0,60}}\b(?P<name>{_OTHERS})\b"
 )
 
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Literal, get_args
 
 from gemmary.data.library_facts import Function, functions
@@ -50,10 +51,13 @@ def lessons(topic: Topic, count: int, seed: int, name: str = "gemmary") -> Itera
     make = _MAKERS[topic]
     for number in range(count):
         r = random.Random(f"{seed}/{topic}/{number}")
-        yield make(r, name) if topic == "identity" else make(r)
+        lesson = make(r, name) if topic == "identity" else make(r)
+        # Another function may lie in the same module, or say the same of itself.
+        yield replace(lesson, wrong=tuple(text for text in lesson.wrong if text != lesson.answer))
 
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def right(answer: str, ends: str) -> bool:
@@ -61,9 +65,9 @@ def right(answer: str, ends: str) -> bool:
 
     Case, the space between words and punctuation around them count for nothing.
     """
-    if _NUMBER.fullmatch(ends.strip()):
-        found = _NUMBER.findall(answer.replace(",", ""))
-        return bool(found) and float(found[-1]) == float(ends)
+    if _NUMBER.fullmatch(number := _THOUSANDS.sub("", ends.strip())):
+        found = _NUMBER.findall(_THOUSANDS.sub("", answer))
+        return bool(found) and Decimal(found[-1]) == Decimal(number)
     wanted, said = (re.findall(r"[\w.]*\w", text.lower()) for text in (ends, answer))
     return bool(wanted) and said[-len(wanted) :] == wanted
 
@@ -99,7 +103,7 @@ def _arithmetic(r: random.Random) -> Lesson:
         answer, value = f"The larger number is {max(a, b)}.", max(a, b)
         wrong = [f"The larger number is {min(a, b)}."]
         return Lesson(
-            f"larger {a} {b}",
+            f"larger {min(a, b)} {max(a, b)}",
             words if in_words else f"Which is larger, {a} or {b}?",
             answer,
             str(value),

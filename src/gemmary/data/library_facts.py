@@ -41,6 +41,7 @@ def functions() -> tuple[Function, ...]:
     """Functions whose name one module alone has, in order of module and place. `says` is empty where it would be long."""
     root = Path(sysconfig.get_path("stdlib"))
     found: list[Function] = []
+    names: Counter[str] = Counter()
     for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
         parts = path.relative_to(root).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -52,6 +53,7 @@ def functions() -> tuple[Function, ...]:
             continue
         for node in body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
+                names[node.name] += 1
                 said = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
                 sentence = _SENTENCE.match(said if said.endswith(".") else said + ".")
                 says = sentence[0] if sentence and sentence[0].isascii() else ""
@@ -60,7 +62,6 @@ def functions() -> tuple[Function, ...]:
                 examples = _examples(node) if module not in _VARY else ()
                 if says or examples:
                     found.append(Function(module, node.name, says, examples))
-    names = Counter(function.name for function in found)
     return tuple(function for function in found if names[function.name] == 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,22 @@ def _log_probs(params: Params, batch: PairBatch, config: Config, head: Head, dty
     return sequence_log_probs(params, config, Batch(*batch[:5]), head, dtype=dtype)
 
 
+def _verdicts(unseen: Sequence[PackedPairs], reward: Callable[[PairBatch], Any]) -> dict[str, Any]:
+    """How often the policy's own reward is higher for the preferred answer."""
+    margins: list[float] = []
+    for rows in unseen:
+        for items in rows.in_order():
+            batch = stacked([rows.row(items)])
+            found = np.asarray(reward(batch))
+            at, slot = np.nonzero(batch.partner >= 0)
+            margins += (found[at, slot] - found[at, batch.partner[at, slot]]).tolist()
+    if not margins:
+        return {}
+    every = np.array(margins)
+    right = float(np.mean((every > 0) + 0.5 * (every == 0)))
+    return {"pairs": len(every), "accuracy": right, "loss": float(np.logaddexp(0, -every).mean())}
+
+
 def dpo(
     settings: DpoSettings,
     config: Config,
@@ -84,20 +100,10 @@ def dpo(
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         policy = state.params if pupil.rest is None else join(state.params, pupil.rest)
-        margins: list[float] = []
-        for rows in unseen:
-            for items in rows.in_order():
-                batch = stacked([rows.row(items)])
-                reward = settings.beta * np.asarray(log_probs(policy, batch) - log_probs(reference, batch))
-                at, slot = np.nonzero(batch.partner >= 0)
-                margins += (reward[at, slot] - reward[at, batch.partner[at, slot]]).tolist()
-        if not margins:
-            return {}
-        every = np.array(margins)
-        right = float(np.mean((every > 0) + 0.5 * (every == 0)))
-        return {
-            "held_out_pairs": {"pairs": len(every), "accuracy": right, "loss": float(np.logaddexp(0, -every).mean())}
-        }
+        found = _verdicts(
+            unseen, lambda batch: settings.beta * (log_probs(policy, batch) - log_probs(reference, batch))
+        )
+        return {"held_out_pairs": found} if found else {}
 
     def program(state: TrainState) -> Any:
         update = compiled(step, pupil, state, (example, log_probs(reference, example)), say)

@@ -23,7 +23,7 @@ from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.objectives import scores
 from gemmary.train.rollouts import Rollout
 
-__all__ = ["Reward", "exact_answer", "model_reward", "score_answers"]
+__all__ = ["Reward", "exact_answer", "model_reward", "rewarded", "score_answers"]
 
 Reward = Callable[[Sequence[Rollout]], Sequence[float | None]]
 
@@ -70,3 +70,17 @@ def score_answers(
         for i, end in zip(row, np.cumsum([len(ids[i]) for i in row], dtype=np.int64) - 1, strict=True):
             result[i] = float(found[number, end])
     return result
+
+
+def rewarded(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
+    """What the reward says; a number that is none, and all of them where it raises, are None. A GemmaryError is the user's to mend."""
+    try:
+        found = list(reward(rollouts))
+    except GemmaryError:
+        raise
+    except Exception as error:  # whatever a reward does must not lose the run
+        if len(rollouts) == 1:
+            return [None]
+        del error
+        return [value for one in rollouts for value in rewarded(reward, [one])]
+    return [float(value) if value is not None and np.isfinite(value) else None for value in found]

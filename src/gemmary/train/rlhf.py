@@ -39,12 +39,13 @@ from gemmary.train.loop import Hook, Report
 from gemmary.train.losses import Head, token_log_probs
 from gemmary.train.objectives import policy_loss
 from gemmary.train.optimizer import optimizer
-from gemmary.train.rewards import Reward
-from gemmary.train.rollouts import Prompt, Rollout, as_batch, repetition, roll, seeds
+from gemmary.train.rewards import Reward, rewarded
+from gemmary.train.rollouts import Prompt, Rollout, as_batch, roll, seeds
 from gemmary.train.run import Ended, Say, keep_best, run
 from gemmary.train.step import TrainState, init_state, make_step
+from gemmary.train.watching import gamed, watch_answers, win_rate
 
-__all__ = ["RlhfSettings", "advantages", "gamed", "rlhf", "watch_answers", "win_rate"]
+__all__ = ["RlhfSettings", "advantages", "rlhf"]
 
 Float = npt.NDArray[np.float64]
 
@@ -235,20 +236,6 @@ def _log_probs(params: Params, batch: Batch, config: Config, head: Head, dtype: 
     return token_log_probs(x, params["embed"], jnp.asarray(batch.targets), head)
 
 
-def rewarded(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
-    """What the reward says; a number that is none, and all of them where it raises, are None. A GemmaryError is the user's to mend."""
-    try:
-        found = list(reward(rollouts))
-    except GemmaryError:
-        raise
-    except Exception as error:  # whatever a reward does must not lose the run
-        if len(rollouts) == 1:
-            return [None]
-        del error
-        return [value for one in rollouts for value in rewarded(reward, [one])]
-    return [float(value) if value is not None and np.isfinite(value) else None for value in found]
-
-
 def advantages(values: Float, known: npt.NDArray[np.bool_]) -> Float:
     """Each value [prompts, answers] less the mean of the other known ones of its row; 0 where it or all others are unknown."""
     count = known.sum(axis=1, keepdims=True)
@@ -283,41 +270,6 @@ class _Watch:
         """Success and reward of each, nan where unknown."""
         both = (rewarded(self._success, rollouts), rewarded(self._learning.reward, rollouts))
         return [np.array([np.nan if value is None else value for value in found]) for found in both]
-
-
-def watch_answers(rollouts: Sequence[Rollout], success: Float, reward: Float) -> dict[str, Any]:
-    """Means over answers; `success` and `reward` are of those that can be judged, and None where none can."""
-    return {
-        "success": float(np.nanmean(success)) if not np.isnan(success).all() else None,
-        "reward": float(np.nanmean(reward)) if not np.isnan(reward).all() else None,
-        "answer_tokens": float(np.mean([len(one.ids) for one in rollouts])),
-        "finished": float(np.mean([one.finished for one in rollouts])),
-        "repetition": float(np.mean([repetition(one.ids) for one in rollouts])),
-        "prompts": len(rollouts),
-    }
-
-
-def win_rate(now: Sequence[Float], before: Sequence[Float]) -> float:
-    """How often an answer is better than the one before, ties half: by success where both are known, else by reward."""
-    by_success = ~np.isnan(now[0]) & ~np.isnan(before[0])
-    margin = np.nan_to_num(np.where(by_success, now[0] - before[0], now[1] - before[1]))
-    return float(np.mean((margin > 0) + 0.5 * (margin == 0)))
-
-
-def gamed(watched: Sequence[Mapping[str, Any]], tolerance: float, patience: int) -> str | None:
-    """Why to stop: success has stayed below its best while the reward stayed above what it was then; None where it has not."""
-    known = [one for one in watched if one["success"] is not None and one["reward"] is not None]
-    if len(known) <= patience:
-        return None
-    best = max(known, key=lambda one: float(one["success"]))
-    late = known[-patience:]
-    if best in late or any(e["success"] >= best["success"] - tolerance or e["reward"] <= best["reward"] for e in late):
-        return None
-    now = late[-1]
-    return (
-        f"the reward is being gamed: it rose from {best['reward']:.3f} to {now['reward']:.3f} "
-        f"while success fell from {best['success']:.1%} to {now['success']:.1%}"
-    )
 
 
 def _regret(found: dict[str, Any]) -> float:
