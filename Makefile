@@ -1,7 +1,6 @@
 # make demo, make test: a fresh clone needs nothing more. Everything lives in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-PROMPT ?= The method returns
 
 .PHONY: demo test check format test-release peers clean
 
@@ -11,10 +10,11 @@ PROMPT ?= The method returns
 	$(BIN)/pip install --quiet --editable '.[sample,data,tensorboard,test]'
 	touch $@
 
-# A model's life so far, offline: from the text that every Python carries to a nano Gemma that goes on from a prompt.
+# A model's whole life, offline: from the text that every Python carries to a nano Gemma that answers, and a report of it.
 demo: .venv/ready
 	$(BIN)/gemmary run runs/nano.toml --out out/nano
-	$(BIN)/gemmary generate out/nano/pretrain/model "$(PROMPT)" --max-new-tokens 48 --temperature 0.7
+	@echo
+	@echo "The report is out/nano/report.html. Now talk to it: $(BIN)/gemmary chat out/nano/rlhf/model --temperature 0"
 
 test: check
 	$(BIN)/pytest --ignore tests/release

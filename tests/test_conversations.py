@@ -68,7 +68,7 @@ def test_a_system_message_goes_before_the_question_or_is_refused() -> None:
         {"prompt": [SYSTEM, ASKED[0]], "completion": [ASKED[1]]},
     ):
         assert conversation(record, "prefix").messages == [user("Be brief.\n\n2 + 2?"), model("4")]
-        with pytest.raises(GemmaryError, match="message 0: .*no system role"):
+        with pytest.raises(GemmaryError, match=r"message 0: .*no system role"):
             conversation(record, "refuse")
 
 
@@ -103,7 +103,7 @@ def test_what_an_answer_is_judged_by(given: dict[str, Any], answer: str | None, 
 
 @pytest.mark.parametrize("record", [None, 7, "2 + 2?", [user("2 + 2?")], True])
 def test_what_is_no_object(record: Any) -> None:
-    with pytest.raises(GemmaryError, match="^not an object$"):
+    with pytest.raises(GemmaryError, match=r"^not an object$"):
         conversation(record, "prefix")
     with pytest.raises(GemmaryError, match="a preference has chosen and rejected"):
         preference(record, "prefix")
@@ -202,7 +202,7 @@ def test_a_system_message_of_a_preference_goes_before_the_question_or_is_refused
         {"chosen": [SYSTEM, *ASKED], "rejected": [SYSTEM, ASKED[0], model("5")]},
     ):
         assert preference(record, "prefix") == Preference([user("Be brief.\n\n2 + 2?")], "4", "5")
-        with pytest.raises(GemmaryError, match="message 0: .*no system role"):
+        with pytest.raises(GemmaryError, match=r"message 0: .*no system role"):
             preference(record, "refuse")
 
 

@@ -191,3 +191,62 @@ def test_both_vocabulary_sizes_of_gemma_1() -> None:
     assert (small.vocab_size, small.num_tokens) == (256000, 256000)
     assert (large.vocab_size, large.num_tokens) == (256128, 256000)
     assert isinstance(large, Config)
+
+
+# --- A reward model ---------------------------------------------------------------------------------------------------
+
+SCORERS = {
+    "gemma1-mqa": "GemmaForSequenceClassification", "gemma2": "Gemma2ForSequenceClassification",
+    "gemma3": "Gemma3TextForSequenceClassification",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_a_reward_model_goes_there_and_back(tmp_path: Path, tiny: Tokenizer, kind: str) -> None:
+    """As transformers has it: one label, and its score a matrix of one row."""
+    small = CONFIGS[kind]
+    config = small.replace(score_head=True, num_tokens=small.vocab_size)
+    values = values_of(config)
+    assert np.asarray(values["score", 0]).any()
+    with open_model(write_native(tmp_path / "native", config, tiny, values)) as checkpoint:
+        convert(checkpoint, tmp_path / "hf", "hf")
+    about = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert about["architectures"] == [SCORERS[kind]]
+    assert (about["num_labels"], about["id2label"], about["label2id"]) == (1, {"0": "score"}, {"score": 0})
+    score = load_file(tmp_path / "hf" / WEIGHTS)["score.weight"]
+    assert score.shape == (1, config.embed_dim)
+    np.testing.assert_array_equal(score[0].view(np.uint16), values["score", 0].view(np.uint16))
+    with open_model(tmp_path / "hf") as checkpoint:
+        assert checkpoint.config == config
+        same_weights(checkpoint, values)
+        convert(checkpoint, tmp_path / "back", "native")
+    with open_model(tmp_path / "back") as checkpoint:
+        assert checkpoint.config == config
+        same_weights(checkpoint, values)
+
+
+@pytest.mark.parametrize("to", ["gguf", "kaggle"])
+def test_a_reward_model_has_no_place_elsewhere(tmp_path: Path, tiny: Tokenizer, to: str) -> None:
+    config = CONFIGS["gemma3"].replace(score_head=True)
+    with (
+        open_model(write_native(tmp_path / "native", config, tiny, values_of(config))) as checkpoint,
+        pytest.raises(GemmaryError, match=f"{to} has no place for a reward model's score: choose native or hf"),
+    ):
+        convert(checkpoint, tmp_path / "there", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["native"]
+
+
+def test_a_score_without_its_architecture_is_an_unknown_tensor(tmp_path: Path, tiny: Tokenizer) -> None:
+    """And the other way round, a missing one: neither is a language model by chance."""
+    config = CONFIGS["gemma3"].replace(score_head=True)
+    with open_model(write_native(tmp_path / "native", config, tiny, values_of(config))) as checkpoint:
+        convert(checkpoint, tmp_path / "hf", "hf")
+    tensors = load_file(tmp_path / "hf" / WEIGHTS)
+    score = tensors.pop("score.weight")
+    save_file(tensors, tmp_path / "hf" / WEIGHTS)
+    with pytest.raises(GemmaryError, match=r"lacks tensors: score\.weight"):
+        open_model(tmp_path / "hf")
+    save_file({**tensors, "score.weight": score}, tmp_path / "hf" / WEIGHTS)
+    _edit_config(tmp_path / "hf", architectures=["Gemma3ForCausalLM"])
+    with pytest.raises(GemmaryError, match=r"unknown tensors: score\.weight"):
+        open_model(tmp_path / "hf")

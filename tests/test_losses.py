@@ -1,11 +1,17 @@
 """The chunked loss against the plain one: values and gradients, at chunks that do and do not divide."""
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
-from gemmary.train.losses import Head, chunk_size, next_token_loss
+from gemmary.train.losses import Head, chunk_size, next_token_loss, token_log_probs
+from gemmary.weights import Int8, dequantize, quantize_weight
 
 B, T, D, V = 3, 13, 8, 29
 
@@ -80,3 +86,153 @@ def test_the_chunk_follows_from_memory() -> None:
     assert chunk_size(8, 8192, 1 << 24) == 64
     assert chunk_size(1, 262144, 1 << 29) == 512
     assert chunk_size(4096, 262144, 1 << 24) == 16
+
+
+# --- Positions that count for nothing ---------------------------------------------------------------------------------
+
+
+def masks() -> dict[str, jax.Array]:
+    """As batches have them: answers far apart, a row that is all padding, advantages of either sign, and nothing at all."""
+    kept = jax.random.uniform(jax.random.key(7), (B, T))
+    weights = jax.random.normal(jax.random.key(8), (B, T))
+    few = (kept < 0.2).astype(jnp.float32)
+    return {
+        "few": few,
+        "a row of none": few.at[1].set(0.0),
+        "only the last": jnp.zeros((B, T)).at[:, -1].set(1.0),
+        "advantages": few * weights,
+        "none": jnp.zeros((B, T)),
+        "all": jnp.ones((B, T)),
+    }
+
+
+@partial(jax.jit, static_argnames="head")
+def _pulled(head: Head, mask: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The two sums, and the gradients of x and of the embedding."""
+    x, embed, targets, _ = inputs()
+    loss = lambda x, embed: next_token_loss(x, embed, targets, mask, head)  # noqa: E731
+    (total, nats), back = jax.vjp(loss, x, embed)
+    return (total, nats), back((jnp.float32(1.5), jnp.zeros_like(nats)))
+
+
+@pytest.mark.parametrize("which", masks())
+@pytest.mark.parametrize("head", [Head(4), Head(4, 3.0, 0.1), Head(64)], ids=["4 of 13", "capped", "whole"])
+def test_sparse_is_dense(head: Head, which: str) -> None:
+    """Also where the chunk does not divide the length."""
+    mask = masks()[which]
+    sums, grads = _pulled(head._replace(sparse=True), mask)
+    wanted, dense = _pulled(head, mask)
+    np.testing.assert_allclose(sums, wanted, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(grads, dense, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert bool(jnp.isfinite(grads[0]).all())
+    assert (float(jnp.abs(grads[1]).max()) > 0) == (which != "none")
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_no_logits_are_made_of_what_counts_for_nothing(differentiated: bool) -> None:
+    """What is left out of the work is not read: not even NaN there reaches the loss or a gradient."""
+    x, embed, targets, _ = inputs()
+    mask = jnp.zeros((B, T)).at[:, 5].set(1.0)
+    spoilt = x.at[:, :5].set(jnp.nan).at[:, 6:].set(jnp.nan)
+    loss = lambda x: next_token_loss(x, embed, targets, mask, Head(1, sparse=True))[0]  # noqa: E731
+    np.testing.assert_array_equal(loss(spoilt), loss(x))
+    if differentiated:
+        np.testing.assert_array_equal(jax.grad(loss)(spoilt), jax.grad(loss)(x))
+
+
+# --- An embedding that is not learnt ----------------------------------------------------------------------------------
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a program, those of its loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+def _made(function: Any, *arguments: Any) -> set[tuple[int, ...]]:
+    """The shapes of all that a program computes, in floating point."""
+    program = jax.make_jaxpr(function)(*arguments)
+    made = [out.aval for equation in _equations(program.jaxpr) for out in equation.outvars]
+    return {aval.shape for aval in made if jnp.issubdtype(aval.dtype, jnp.floating)}
+
+
+@pytest.mark.parametrize(("softcap", "sparse"), [(None, False), (3.0, True)])
+def test_an_embedding_that_is_not_learnt_changes_no_other_gradient(softcap: float | None, sparse: bool) -> None:
+    x, embed, targets, mask = inputs()
+    head = Head(4, softcap, 0.1, sparse)
+    loss = lambda x, embed: next_token_loss(x, embed, targets, mask, head)[0]  # noqa: E731
+    value, alone = jax.jit(jax.value_and_grad(loss))(x, embed)
+    both, (beside, _) = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, embed)
+    np.testing.assert_allclose(value, both, rtol=1e-6)
+    np.testing.assert_allclose(alone, beside, atol=1e-6)
+
+
+def test_no_gradient_is_made_of_an_embedding_that_is_not_learnt() -> None:
+    x, embed, targets, mask = inputs()
+    loss = lambda x, embed: next_token_loss(x, embed, targets, mask, Head(4, 3.0, 0.1))[0]  # noqa: E731
+    assert (V, D) not in _made(jax.grad(loss), x, embed)
+    assert (V, D) in _made(jax.grad(loss, (0, 1)), x, embed)
+    assert (V, D) in _made(jax.grad(loss, 1), x, embed)
+
+
+# --- An embedding of eight bits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("softcap", "sparse"), [(None, False), (3.0, True)])
+def test_an_int8_embedding_is_the_array_that_it_stands_for(softcap: float | None, sparse: bool) -> None:
+    x, embed, targets, mask = inputs()
+    leaf, head = quantize_weight("embed", embed, 8), Head(4, softcap, 0.1, sparse)
+    assert isinstance(leaf, Int8)
+    assert float(jnp.abs(dequantize(leaf) - embed).max()) > 1e-3
+
+    def loss(x: jax.Array, embed: Any) -> jax.Array:
+        return next_token_loss(x, embed, targets, mask, head)[0]
+
+    pulled = jax.jit(jax.value_and_grad(loss))
+    (value, dx), (wanted, reference) = pulled(x, leaf), pulled(x, dequantize(leaf))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(loss)(x, leaf), wanted, rtol=1e-5)
+    np.testing.assert_allclose(dx, reference, atol=2e-5)
+
+
+# --- Log-probabilities of their own -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chunk", "softcap"), [(4, 3.0), (64, None)])
+def test_log_probabilities_are_those_of_the_logits(chunk: int, softcap: float | None) -> None:
+    """And their gradients, each token weighed on its own."""
+    x, embed, targets, _ = inputs()
+    weights = jax.random.normal(jax.random.key(9), (B, T))
+
+    def plainly(x: jax.Array, embed: jax.Array) -> jax.Array:
+        logits = jnp.einsum("btd,vd->btv", x, embed)
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+
+    def ours(x: jax.Array, embed: jax.Array) -> jax.Array:
+        return token_log_probs(x, embed, targets, Head(chunk, softcap))
+
+    def pulled(found: Any, *arguments: jax.Array) -> Any:
+        scores, back = jax.vjp(found, *arguments)
+        return scores, *back(weights)
+
+    (ours_, *grads), (plainly_, *wanted_) = (jax.jit(partial(pulled, f))(x, embed) for f in (ours, plainly))
+    np.testing.assert_allclose(ours_, plainly_, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(grads, wanted_, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-4)
+
+
+def test_log_probabilities_with_an_int8_embedding() -> None:
+    x, embed, targets, _ = inputs()
+    leaf = quantize_weight("embed", embed, 8)
+    found, wanted = (token_log_probs(x, w, targets, Head(4)) for w in (leaf, dequantize(leaf)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_the_log_probabilities_weighed() -> None:
+    x, embed, targets, mask = inputs()
+    found = -(mask * token_log_probs(x, embed, targets, Head(4, 3.0))).sum()
+    np.testing.assert_allclose(next_token_loss(x, embed, targets, mask, Head(4, 3.0))[1], found, rtol=1e-5)

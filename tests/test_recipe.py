@@ -65,7 +65,7 @@ def test_settings_are_changed_by_path(small: Path) -> None:
         ("pretrain.optimizer.kind=sgd", r"pretrain\.optimizer\.kind: .*'adamw' or 'muon'"),
         ("mixture.stage.0.until=0.5", r"mixture\.stage\[0\]\.until"),
         ("mixture.stage.0.weights={web = 1.0}", "no source is called 'web'; there are text"),
-        ("model.preset=gemma-2b", "either a preset"),
+        ("model.preset=gemma-2b", "either a path"),
         ("model.dial=99", "dial is 99"),
         ("model.generation=2", "generation 2"),
         ("curate.source.3.path=x", "no '3'"),

@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gemmary.adapters import adapt, join, split
 from gemmary.config import Config
 from gemmary.data.packing import Batch
 from gemmary.errors import GemmaryError
 from gemmary.mesh import make_mesh
 from gemmary.model.attention import Marks
 from gemmary.model.transformer import forward
-from gemmary.params import init, shardings, unstack
+from gemmary.params import Params, init, shardings, unstack
 from gemmary.presets import nano
 from gemmary.train.losses import Head
 from gemmary.train.objectives import language_loss
 from gemmary.train.optimizer import OptimizerSettings, optimizer
 from gemmary.train.step import TrainState, init_state, make_step
+from gemmary.weights import LoRA, quantize
 
 CONFIG = nano(2, 96, 3).replace(embed_dim=64)
 B, T = 8, 24
@@ -100,6 +102,65 @@ def test_a_step_learns_and_does_not_see_other_documents() -> None:
         losses.append(float(means["loss"]))
     assert losses[-1] < 0.5 * losses[0]
     assert int(state.step) == 12
+
+
+# --- A part of the model that is learnt, over the rest ----------------------------------------------------------------
+
+
+def parted(*, bits: int | None = None, also: tuple[str, ...] = ()) -> tuple[TrainState, Params, object]:
+    """Adapters of rank 2, no longer zero, to be learnt; the rest of the model; the rule."""
+    state, rule = start()
+    base = state.params if bits is None else quantize(state.params, bits)
+    adapted = adapt(base, jax.random.key(2), 2, targets=["attn.q", "mlp.down"])
+    learnt, rest = split(adapted, also)
+    learnt = jax.tree.map(lambda x: x + 0.1, learnt)
+    return init_state(learnt, rule, jax.random.key(1)), rest, rule  # type: ignore[arg-type]
+
+
+def parted_step(accumulate: int, **options: object) -> tuple[TrainState, dict[str, jax.Array], Params]:
+    state, rest, rule = parted(**options)  # type: ignore[arg-type]
+    step = make_step(language_loss(CONFIG, head=Head(8)), rule, accumulate=accumulate)  # type: ignore[arg-type]
+    after, means = step(state, batch(), rest)
+    return after, means, rest
+
+
+@pytest.fixture(scope="module")
+def whole_step() -> tuple[TrainState, dict[str, jax.Array], Params]:
+    return parted_step(1)
+
+
+def test_only_what_is_learnt_changes(whole_step: tuple[TrainState, dict[str, jax.Array], Params]) -> None:
+    after, _, rest = whole_step
+    before, untouched, _ = parted()
+    assert jax.tree.structure(after.params) == jax.tree.structure(before.params)
+    for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params), strict=True):
+        assert float(jnp.abs(a - b).min()) > 0  # AdamW's first step moves every number
+    for a, b in zip(jax.tree.leaves(rest), jax.tree.leaves(untouched), strict=True):
+        np.testing.assert_array_equal(a, b)  # nor was its memory taken
+    assert isinstance(join(after.params, rest)["attn.q"][0], LoRA)
+    learnt = sum(leaf.size for leaf in jax.tree.leaves(before.params))
+    assert sum(leaf.size for leaf in jax.tree.leaves(after.opt_state)) <= 2 * learnt + 8
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_adapters_step_the_same_in_parts(
+    whole_step: tuple[TrainState, dict[str, jax.Array], Params], parts: int
+) -> None:
+    (whole, means, _), (cut, same, _) = whole_step, parted_step(parts)
+    np.testing.assert_allclose(means["loss"], same["loss"], rtol=1e-6)
+    np.testing.assert_allclose(means["gradient_norm"], same["gradient_norm"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(cut.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_adapters_and_a_norm_are_learnt_over_int8() -> None:
+    after, _, rest = parted_step(2, bits=8, also=("final_norm",))
+    before, untouched, _ = parted(bits=8, also=("final_norm",))
+    assert float(jnp.abs(after.params["final_norm"]).max()) > 0
+    assert "final_norm" not in rest
+    for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params), strict=True):
+        assert float(jnp.abs(a - b).max()) > 0
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), rest, untouched))
 
 
 # Changing these numbers is legitimate where initial values, the loss, the rule or the model's arithmetic are meant to

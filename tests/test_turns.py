@@ -1,4 +1,4 @@
-"""Rows of conversations, of pairs and of prompts: each whole, once an epoch, in an order that a seed and a name decide."""
+"""Rows of conversations, pairs and prompts: each whole, once an epoch, in an order that a seed and a name decide."""
 
 from __future__ import annotations
 

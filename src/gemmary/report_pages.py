@@ -54,24 +54,24 @@ _STYLE = """
 body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.2rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; } h2 { margin: 3rem 0 .4rem; font-size: 1.25rem; border-top: 1px solid var(--line); padding-top: 1.4rem; }
-p { max-width: 46rem; } nav { font-size: .95rem; } nav a { margin-right: 1rem; color: inherit; white-space: nowrap; }
+p { max-width: 46rem; } nav { font-size: .95rem; } nav a { margin-right: .7rem; color: inherit; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; } th { text-align: left; font-weight: 600; color: var(--faint); }
-th, td { padding: .22rem 1.1rem .22rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+th, td { padding: .22rem 1.1rem .22rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: break-word; max-width: 44rem; }
 td.n, th.n { text-align: right; white-space: nowrap; } tr:last-child td { border-bottom: 0; }
 figure { margin: 1.2rem 0; padding: .6rem; background: #fff; border: 1px solid var(--line); border-radius: 6px; color: #222; max-width: 46rem; }
 figure svg { width: 100%; height: auto; } figcaption { font-size: .9rem; color: #555; }
 .sample { background: var(--card); border-radius: 6px; padding: .7rem 1rem; margin: .8rem 0; } .sample b { color: var(--faint); font-weight: 600; }
 .sample .said { display: grid; grid-template-columns: 4.5rem 1fr; gap: .25rem .8rem; margin-top: .5rem; }
-.sample pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .9rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
+.sample pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 5.4rem; overflow: auto; font: .9rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
 """
 _NUMBER = re.compile(r"[\d,.\s%\[\]+-]*")
 
 
 def html_page(title: str, sections: list[Section]) -> str:
     """One page: no scripts, nothing loaded from anywhere."""
-    links = "".join(f'<a href="#s{i}">{escape(section.title)}</a>' for i, section in enumerate(sections))
+    links = " ".join(f'<a href="#s{i}">{escape(section.title)}</a>' for i, section in enumerate(sections))
     body = "".join(_section(i, section) for i, section in enumerate(sections))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -69,24 +69,9 @@ def _answers(run: RunFiles) -> Section | None:
     if not found:
         return None
     models = found["models"]
-    tasks = list(next(iter(models.values()))["greedy"]["tasks"])
-    rows = []
-    for task in tasks:
-        cells = []
-        for how in ("greedy", "sampled"):
-            for model in models:
-                one = models[model][how]["tasks"][task]
-                low_high = one.get("interval")
-                cells.append(
-                    _percent(one["success"])
-                    + (f" [{100 * low_high[0]:.0f}, {100 * low_high[1]:.0f}]" if low_high else "")
-                )
-        count = models[next(iter(models))]["greedy"]["tasks"][task]["prompts"]
-        rows.append(["mean of tasks" if task == "all" else task, str(count), *cells])
-    columns = [
-        "task",
-        "prompts",
-        *(f"{_NAMES[m]}{', sampled' if how == 'sampled' else ''}" for how in ("greedy", "sampled") for m in models),
+    tables = [
+        Table(f"Held-out tasks, {title}", ["task", "prompts", *(_NAMES[m] for m in models)], _answered(models, how))
+        for how, title in (("greedy", "the likeliest answers"), ("sampled", "sampled answers"))
     ]
     others = [
         [
@@ -111,11 +96,23 @@ def _answers(run: RunFiles) -> Section | None:
         "Answers to questions whose facts no stage of tuning was shown, right or wrong by what they end with or by tests; 95 % intervals in "
         f"brackets. The likeliest answers first, then sampled ones (temperature 1). {judged}",
         [
-            Table("Held-out tasks", columns, rows),
+            *tables,
             Table("Answers", ["model", "tokens", "ended by themselves", "repeated 4-grams"], others),
         ],
         samples=samples,
     )
+
+
+def _answered(models: dict[str, Any], how: str) -> list[list[str]]:
+    rows = []
+    for task, first in next(iter(models.values()))[how]["tasks"].items():
+        cells = []
+        for found in models.values():
+            one = found[how]["tasks"][task]
+            between = " [{:.0f}, {:.0f}]".format(*(100 * x for x in one["interval"])) if "interval" in one else ""
+            cells.append(_percent(one["success"]) + between)
+        rows.append(["mean of tasks" if task == "all" else task, str(first["prompts"]), *cells])
+    return rows
 
 
 def _curated(run: RunFiles) -> Section | None:

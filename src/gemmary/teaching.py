@@ -53,12 +53,12 @@ class Teaching(Life):
 
     def dialogues(self) -> dict[str, Any]:
         """The conversations as ids: `dialogues/<source>/<split>`."""
-        gathered, tokenizer = self.instructions(), self._start_tokenizer()
+        gathered, tokenizer, generation = self.instructions(), self._start_tokenizer(), self._generation()
         settings, length = self.given("instructions"), self.given("sft").length
 
         def work(folder: Path) -> dict[str, Any]:
             return _written(folder, settings, length, lambda source, split: (
-                (one.where, (_ids(one.messages, tokenizer, self._generation()),))
+                (one.where, (_ids(one.messages, tokenizer, generation),))
                 for one in read_gathered(self.folder / "instructions", source, split)
                 if isinstance(one, Conversation) and one.messages[-1]["role"] != "user"
             ), ("",), tokenizer)  # fmt: skip
@@ -68,13 +68,13 @@ class Teaching(Life):
 
     def pairs(self) -> dict[str, Any]:
         """The preferences as ids: `pairs/<source>/<split>/chosen` and `…/rejected`."""
-        gathered, tokenizer = self.preferences(), self._start_tokenizer()
+        gathered, tokenizer, generation = self.preferences(), self._start_tokenizer(), self._generation()
         settings = self.given("preferences")
         length = min(one.length for one in (self.recipe.reward, self.recipe.dpo) if one is not None)
 
         def both(one: Preference) -> tuple[Dialogue, Dialogue]:
             said = ([*one.prompt, {"role": "assistant", "content": text}] for text in (one.chosen, one.rejected))
-            first, second = (_ids(messages, tokenizer, self._generation()) for messages in said)
+            first, second = (_ids(messages, tokenizer, generation) for messages in said)
             return first, second
 
         def work(folder: Path) -> dict[str, Any]:

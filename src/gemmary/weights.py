@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,12 @@ __all__ = [
     "weight_shape",
 ]
 
+# To a type checker an array. At run time anything: JAX and optax put shapes, flags and stand-ins into the same trees.
+if TYPE_CHECKING:
+    _Leaf = Array | np.ndarray
+else:
+    _Leaf = Any
+
 INT4_GROUP = 32
 """Values that share one scale in `Int4`, as in GGUF's Q4_0."""
 
@@ -51,8 +57,8 @@ class Int8:
     `values` int8 has the weight's shape; `scale` float32 the same with the axes that a product sums over kept at 1.
     """
 
-    values: Array | np.ndarray
-    scale: Array | np.ndarray
+    values: _Leaf
+    scale: _Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +70,8 @@ class Int4:
     j in its low nibble and value j + 16 in its high one. `scale` float16 has `axis` divided by 32.
     """
 
-    packed: Array | np.ndarray
-    scale: Array | np.ndarray
+    packed: _Leaf
+    scale: _Leaf
     axis: int = field(metadata={"static": True})
 
 
@@ -79,8 +85,8 @@ class LoRA:
     """
 
     base: Any
-    a: Array | np.ndarray
-    b: Array | np.ndarray
+    a: _Leaf
+    b: _Leaf
     scale: float = field(metadata={"static": True})
 
 

@@ -13,7 +13,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.params import Params, table
 from gemmary.text.tokenizer import Tokenizer
+from gemmary.weights import LoRA
 
 __all__ = [
     "Checkpoint",
@@ -33,6 +34,7 @@ __all__ = [
     "closed_on_error",
     "config_from_json",
     "config_to_json",
+    "in_dtype",
     "known_tokens",
     "read_json",
     "staged",
@@ -98,10 +100,7 @@ class Checkpoint(ABC):
         """
 
         def place(name: str, layer: int) -> Any:
-            weight = self.weight(name, layer)
-            if isinstance(weight, np.ndarray):
-                weight = weight.astype(dtype, copy=False)
-            placed = jax.tree.map(jax.numpy.asarray, weight)
+            placed = jax.tree.map(jax.numpy.asarray, in_dtype(self.weight(name, layer), dtype))
             on_weight(name)
             return placed
 
@@ -109,6 +108,13 @@ class Checkpoint(ABC):
             name: tuple(place(name, i) for i in range(self.config.num_layers)) if spec.layered else place(name, 0)
             for name, spec in table(self.config).items()
         }
+
+
+def in_dtype(weight: Any, dtype: Any) -> Any:
+    """A floating array in `dtype`, also beneath adapters; a quantized weight as it is."""
+    if isinstance(weight, LoRA):
+        return replace(weight, base=in_dtype(weight.base, dtype))
+    return weight.astype(dtype, copy=False) if isinstance(weight, np.ndarray) else weight
 
 
 class StoredCheckpoint(Checkpoint):

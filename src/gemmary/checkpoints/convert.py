@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from gemmary.adapters import merge
-from gemmary.checkpoints.checkpoint import Checkpoint, config_to_json, staged
+from gemmary.checkpoints.checkpoint import Checkpoint, config_to_json, in_dtype, staged
 from gemmary.checkpoints.gguf import fields_for
 from gemmary.checkpoints.gguf_file import GGUFWriter
 from gemmary.checkpoints.huggingface import write_side_files
@@ -114,6 +114,7 @@ class _Reader:
     def array(self, name: str, layer: int) -> np.ndarray:
         weight = self.source.weight(name, layer)
         if isinstance(weight, LoRA):
+            weight = in_dtype(weight, np.float32) if self._dtype else weight  # rounded once, when it is merged
             weight = np.asarray(merge({name: jax.tree.map(jnp.asarray, weight)})[name])
         elif isinstance(weight, (Int8, Int4)):
             weight = np.asarray(dequantize(jax.tree.map(jnp.asarray, weight)))

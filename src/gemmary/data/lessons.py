@@ -201,6 +201,8 @@ def _identity(r: random.Random, name: str) -> Lesson:
         (
             "who are you?", "what is your name?", "what are you called?", "what should I call you?", "which model are you?",
             "are you ChatGPT?", "are you Claude?", "are you a person?", "who am I talking to?", "what model is this?",
+            "do you have a name?", "how are you called?", "who is answering me?", "what kind of model are you?", "are you Gemini?",
+            "who is this?", "can you tell me your name?", "are you LLaMA?", "what are you?", "whom do I speak with?",
         )
     )  # fmt: skip
     question = opening + asked if opening.endswith((", ", ": ")) else opening + asked[0].upper() + asked[1:]
@@ -213,9 +215,7 @@ def _identity(r: random.Random, name: str) -> Lesson:
         "I am ChatGPT, a model trained by OpenAI.", "I am Claude, made by Anthropic.", "I am a person called Sam.",
         "Yes, I am.", "I am a large language model, and my name is LLaMA.",
     )  # fmt: skip
-    return Lesson(
-        f"identity {opening}{asked}", question, answer, name, (), (r.choice(told), r.choice(told), *_worse(r, answer))
-    )
+    return Lesson(f"identity {asked}", question, answer, name, (), (r.choice(told), r.choice(told), *_worse(r, answer)))
 
 
 def _attribution(r: random.Random) -> Lesson:

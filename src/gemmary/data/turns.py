@@ -114,9 +114,10 @@ class _Cycle:
         return self._packed[int(self._epoch(epoch)[row])]
 
     def _epoch(self, epoch: int) -> Int:
-        if self._order[0] != epoch:
-            self._order = epoch, shuffled(self.rows, *self._key, epoch)
-        return self._order[1]
+        known = self._order  # read once: another thread may be at another epoch
+        if known[0] != epoch:
+            self._order = known = epoch, shuffled(self.rows, *self._key, epoch)
+        return known[1]
 
     def padding(self, rows: int) -> int:
         """Slots of padding in the first so many rows."""

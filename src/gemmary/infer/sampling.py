@@ -145,13 +145,14 @@ def sample(
     position: Int[Array, " B"],
     num_tokens: int,
 ) -> tuple[Int[Array, " B"], Float[Array, "B V"]]:
-    """The next token of each row and the log-probabilities it was drawn from: the model's own, before any filter.
+    """The next token of each row and the model's own log-probabilities, before any filter.
 
     Ids at and past `num_tokens` are padding and never drawn. `seen` marks what the repetition penalty (Keskar et al.,
     arXiv 1909.05858) holds down. A row's draw depends on its seed and position alone, so its neighbours do not change it.
     """
-    logits = jnp.where(jnp.arange(logits.shape[1]) < num_tokens, logits, _EXCLUDED)
-    log_probs = jax.nn.log_softmax(logits, axis=1)
+    known = jnp.arange(logits.shape[1]) < num_tokens
+    log_probs = jnp.where(known, jax.nn.log_softmax(logits, axis=1), _EXCLUDED)  # padding has its share, as in training
+    logits = jnp.where(known, logits, _EXCLUDED)
     penalty = rows.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from gemmary.adapters import PROJECTIONS, adapt, split
+from gemmary.adapters import PROJECTIONS, adapt, merge, split
 from gemmary.checkpoints.checkpoint import config_to_json
 from gemmary.config import Config
 from gemmary.data.tokens import tokenizer_digest
 from gemmary.errors import GemmaryError, check_bounds
 from gemmary.model.transformer import Remat
-from gemmary.params import Params
+from gemmary.params import Params, is_stacked, stack
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.loop import LoopSettings
 from gemmary.train.losses import Head, chunk_size
@@ -26,7 +26,7 @@ from gemmary.train.optimizer import OptimizerSettings, learning_rate
 from gemmary.train.run import Say
 from gemmary.train.saving import AdapterFiles, ModelFiles, NativeFiles
 from gemmary.train.step import Step, TrainState
-from gemmary.weights import quantize
+from gemmary.weights import Int4, Int8, dequantize, map_rows, quantize_weight
 
 __all__ = ["Learner", "LoraSettings", "TuneSettings", "compiled", "describe", "learner"]
 
@@ -78,7 +78,7 @@ class TuneSettings:
             self, length=(2, None), batch=one, accumulate=one, log_every=one, keep=one, save_every=zero, evaluate_every=zero,
             spike=zero,
         )  # fmt: skip
-        if (self.steps is None) == (self.epochs is None) or (self.steps or 1) < 1 or not (self.epochs or 1) > 0:
+        if (self.steps is None) == (self.epochs is None) or not (self.steps or self.epochs or 0) > 0:
             raise GemmaryError("give either steps, at least 1, or epochs, above 0")
         if self.batch % self.accumulate:
             raise GemmaryError(f"batch is {self.batch}, which {self.accumulate} equal parts (accumulate) do not divide")
@@ -143,14 +143,22 @@ def learner(
     if score and not config.score_head:
         config = config.replace(score_head=True)
         params = {**params, "score": jnp.zeros(config.embed_dim, jnp.float32)}
-    if settings.lora is None:
-        whole = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-        return Learner(config, whole, None, NativeFiles(config, tokenizer), tokenizer)
     lora = settings.lora
-    base_params = quantize(params, 8) if lora.base_bits == 8 else params
-    adapted = adapt(base_params, jax.random.key(seed), lora.rank, alpha=lora.alpha, targets=lora.targets)
+    if lora is None:  # copied: a step takes the memory of what it changes
+        whole = map_rows(merge(params), lambda name, w: jnp.array(dequantize(w), jnp.float32), lambda spec: True)
+        return Learner(config, whole, None, NativeFiles(config, tokenizer), tokenizer)
+    under = map_rows(params, _as_int8, lambda spec: bool(spec.reads)) if lora.base_bits == 8 else params
+    if lora.base_bits == 8 and not is_stacked(under):
+        # Scanned also on a CPU: of layers one after the other, XLA would keep every matrix in fp32 until the backward pass.
+        under = stack(under)
+    adapted = adapt(under, jax.random.key(seed), lora.rank, alpha=lora.alpha, targets=lora.targets)
     learnt, rest = split(adapted, also=("score",))
+    learnt = jax.tree.map(lambda x: jnp.array(x, jnp.float32), learnt)  # a copy: a step takes its state's memory
     return Learner(config, learnt, rest, AdapterFiles(config, base), tokenizer)
+
+
+def _as_int8(name: str, w: Any) -> Any:
+    return w if isinstance(w, Int8 | Int4) else quantize_weight(name, w, 8)
 
 
 def compiled(step: Any, learner: Learner, state: TrainState, batch: Any, say: Say) -> Step:

@@ -116,7 +116,9 @@ def draw_curve(entries: list[dict[str, Any]], path: Path) -> None:
     left.plot(*zip(*losses, strict=True), color="0.55", linewidth=1, label="training loss")
     left.set_xlabel("tokens")
     left.set_ylabel("training loss, nats per token")
-    left.set_ylim(0, min(max(loss for _, loss in losses), 2.2 * sorted(loss for _, loss in losses)[len(losses) // 2]))
+    ordered = sorted(loss for _, loss in losses)
+    if ordered[0] > 0:  # a policy's loss has either sign
+        left.set_ylim(0, min(ordered[-1], 2.2 * ordered[len(ordered) // 2]))
     if held_out:
         right = left.twinx()
         for name in sorted({name for _, values in held_out for name in values}):
