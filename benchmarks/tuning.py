@@ -1,6 +1,7 @@
 """LoRA on Gemma 3 270M beside transformers and peft: the same conversations in the same rows, rank, optimizer, float32.
 
-    python benchmarks/tuning.py --data conversations.jsonl --peers PEERS/bin/python [--repeats 5] [--steps 2] [--json OUT]
+    python benchmarks/tuning.py --data conversations.jsonl --peers PEERS/bin/python [--compile] [--repeats 5] [--steps 2]
+        [--json OUT]
     python benchmarks/tuning.py --two-b [--json OUT]
 
 The first takes turns of `--steps` steps of 2 x 512 tokens with each contender, a process of its own, `--repeats` times after a
@@ -116,7 +117,8 @@ def beside(arguments: argparse.Namespace) -> dict[str, Any]:
         shared = {"model": str(model), "rank": RANK, "rate": RATE, "threads": os.cpu_count(), "tokens": str(file)}
         contenders = {"gemmary": [sys.executable, __file__, "--worker"]}
         peer = [str(arguments.peers), str(HERE / "tuning_peer.py")]
-        contenders |= {"transformers + peft": peer, "the same, torch.compile": peer}
+        contenders |= {"transformers + peft": peer}
+        contenders |= {"the same, torch.compile": peer} if arguments.compile else {}
         found: dict[str, Any] = {}
         for turn in range(arguments.repeats + 1):
             for name, command in contenders.items():
@@ -125,7 +127,11 @@ def beside(arguments: argparse.Namespace) -> dict[str, Any]:
                     task = Path(folder) / f"{len(found)}.json"
                     task.write_text(json.dumps({**shared, "rows": str(file), "compile": "compile" in name}))
                     one["process"] = subprocess.Popen(
-                        [*command, str(task)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                        [*command, str(task)],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                        text=True,
                     )
                     one["version"] = json.loads(one["process"].stdout.readline())["version"]
                 one["process"].stdin.write(f"{arguments.steps}\n")
@@ -187,6 +193,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--two-b", action="store_true")
     parser.add_argument("--worker", type=Path)
     parser.add_argument("--json", type=Path)

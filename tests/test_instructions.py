@@ -445,7 +445,7 @@ def test_of_lessons_only_equal_ones_are_duplicates(tmp_path: Path) -> None:
     counts = gathered(tmp_path / "out", settings(source))["sources"]["a"]
     assert set(reasons(counts)) == {"duplicate"}
     taught = list(lessons("arithmetic", 2000, 0))
-    said = {(one.question, one.plain if one.plain and i % 2 else one.answer) for i, one in enumerate(taught)}
+    said = {(one.question, one.plain if one.plain and i % 3 else one.answer) for i, one in enumerate(taught)}
     assert counts["train"] == len(said)
 
 
@@ -536,7 +536,7 @@ def test_a_report_s_counts_add_up(tmp_path: Path, manners: ClassifierSettings) -
     assert (a["read"], a["broken"]["count"], b["read"]) == (313, 1, 300)
     causes = ("identity", "personal: email", "personal: phone", "classifier: manners")
     assert reasons(a) == {"duplicate": 7} | dict.fromkeys(causes, 1)
-    assert reasons(b)["duplicate"] > 200
+    assert reasons(b)["duplicate"] > 100
 
 
 def test_where_nothing_is_left_the_first_cause_is_said(tmp_path: Path) -> None:

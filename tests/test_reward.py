@@ -131,10 +131,11 @@ def test_a_score_begins_at_zero_or_as_it_was(tmp_path: Path) -> None:
 # --- How it is told ---------------------------------------------------------------------------------------------------
 
 # By pair: (asked, preferred, the other), and the margin of its scores.
+# The shortest pair stands first: rows are packed from the longest on.
 MARGINS = [
+    (("say hats blue", "blue hats", "grey"), -1.0),  # longer, wrong
     (("say hats red", "red hats hats", "red"), 2.0),  # longer, right
-    (("say hats blue", "blue hats birds", "grey"), -1.0),  # longer, wrong
-    (("say doors red", "red", "green doors"), 0.5),  # shorter, right
+    (("say doors red", "red", "green doors red"), 0.5),  # shorter, right
     (("say boats red", "red", "green boats white"), 0.55),  # shorter, right
     (("say birds red", "red birds", "grey birds"), 0.0),  # as long, a tie
     (("say birds grey", "red birds", "blue birds"), -3.0),  # as long, wrong

@@ -48,7 +48,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Params:
 
 def settings(**changes: Any) -> RlhfSettings:
     given = tuned(STEPS, batch=4, prompts=1, answers=ANSWERS, max_new_tokens=4, learning_rate=3e-3)
-    return RlhfSettings(**{**given, "spike": 1e6, **changes})
+    return RlhfSettings(**{**given, **changes})
 
 
 def ran(
@@ -401,6 +401,12 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 def test_only_what_the_result_depends_on_is_decisive() -> None:
     assert settings().decisive() == settings(watched=7, on_error="refuse", log_every=3).decisive()
     assert settings().decisive() != settings(beta=0.1).decisive()
+
+
+def test_no_leap_of_a_policys_loss_ends_a_run() -> None:
+    """It is weighed by advantages: of answers in hundreds of nats it goes up and down by tens."""
+    assert settings(spike=1.0).loop(STEPS).spike == math.inf
+    assert settings().loop(STEPS).steps == STEPS
 
 
 @pytest.mark.parametrize("where", ["asked", "held_out"])

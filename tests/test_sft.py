@@ -108,7 +108,7 @@ def test_held_out_loss_is_the_mean_over_what_the_model_says(data: Data, tmp_path
     """Plainly, each conversation alone; a source of short answers and one of long ones count by their tokens."""
     settings = TuneSettings(**tuned())
     pupil = learner(settings, config(), params(), tokenizer(), seed=0, base="")
-    long = [("say", "white boats black doors grey birds"), ("say red", "green hats green hats")]
+    long = [("say", "white boats black doors grey birds white"), ("say red", "green hats green hats")]
     found = held_out_loss(pupil, params(), {"short": data.held_out, "long": said(tmp_path / "long", long)}, settings)
     plain = jax.jit(lambda ids: jax.nn.log_softmax(forward(params(), config(), ids)))
 

@@ -49,6 +49,7 @@ def test_where_none_can_be_judged_there_is_no_mean() -> None:
         ((floats(1, 0, 1), floats(0, 0, 0)), (floats(0, 1, 1), floats(9, 9, 9)), 0.5),  # by success: won, lost, tied
         ((floats(NAN, NAN), floats(2, 1)), (floats(NAN, NAN), floats(1, 2)), 0.5),  # by reward
         ((floats(NAN, 1), floats(5, 0)), (floats(0, 0), floats(4, 9)), 1.0),  # by reward where one success is unknown
+        ((floats(1, 0), floats(5, 5)), (floats(NAN, NAN), floats(4, 4)), 1.0),  # and where the one before is
         ((floats(NAN), floats(NAN)), (floats(NAN), floats(1)), 0.5),  # unknown is a tie
         ((floats(1, 1, 1, 1), floats(0, 0, 0, 0)), (floats(1, 1, 1, 1), floats(5, 5, 5, 5)), 0.5),  # ties half
         ((floats(1, 1, 1, 0), floats(0, 0, 0, 0)), (floats(0, 1, 1, 1), floats(0, 0, 0, 0)), 0.5),
@@ -79,7 +80,8 @@ GOES_ON = {
     "reward fell too": history((0.8, 1.0), (0.6, 2.0), (0.5, 0.9)),
     "reward is as it was": history((0.8, 1.0), (0.6, 1.0), (0.5, 1.0)),
     "within tolerance": history((0.8, 1.0), (0.76, 2.0), (0.76, 3.0)),
-    "one of the late ones within tolerance": history((0.8, 1.0), (0.5, 2.0), (0.77, 3.0)),
+    "the last within tolerance": history((0.8, 1.0), (0.5, 2.0), (0.77, 3.0)),
+    "the last but one within tolerance": history((0.8, 1.0), (0.77, 2.0), (0.5, 3.0)),
     "the best is late": history((0.5, 1.0), (0.4, 2.0), (0.8, 3.0)),
     "success unknown": history((None, 1.0), (None, 2.0), (None, 3.0), (None, 4.0)),
     "reward unknown": history((0.8, None), (0.6, None), (0.5, None)),

@@ -172,15 +172,16 @@ def _counted(counts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest_of(path: str) -> str:
-    """SHA-256 of a file's or folder's names, sizes and first and last megabyte: enough to see that it is another."""
+    """SHA-256 of a file, a folder or what a pattern finds: sizes and bytes, of a file above 64 MB its first and last megabyte."""
     found = hashlib.sha256()
     given = Path(path).expanduser()
-    files = sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given] if given.is_file() else []
+    some = given.rglob("*") if given.is_dir() else given.parent.glob(given.name) if "*" in given.name else [given]
+    files = sorted(file for file in some if file.is_file())
     for file in files:
         size = file.stat().st_size
-        found.update(f"{file.relative_to(given)} {size}\n".encode())
+        found.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as data:
-            found.update(data.read(1 << 20))
+            found.update(data.read(size if size <= 64 << 20 else 1 << 20))
             data.seek(max(size - (1 << 20), 0))
             found.update(data.read())
     return found.hexdigest() if files else hashlib.sha256(path.encode()).hexdigest()

@@ -131,7 +131,8 @@ class Tuning(Teaching):
             sandbox = self._sandbox(needed=settings.reward == "tests")
             ended = rlhf(
                 settings, model.config, model.params, model.tokenizer, prompts, _turn_by_turn(held_out),
-                self._reward(settings, model, sandbox), success(sandbox), folder, weights=learns.weights,
+                self._reward(settings, model, sandbox), success(sandbox), folder,
+                weights={name: 1 / len(some) for name, some in prompts.items()},
                 digest=sha([gathered["digest"], judge]), seed=self.recipe.seed, base=model.name, start=model.digest,
                 report=self.report, say=self.say,
             )  # fmt: skip

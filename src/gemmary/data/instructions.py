@@ -36,6 +36,7 @@ __all__ = ["InstructionSettings", "InstructionSource", "OnError", "gather", "rea
 OnError = Literal["skip", "refuse"]
 _SHOWN, _EXCERPT = 20, 160
 _BUCKETS, _HASHES, _WORDS = 14, 8, 5
+_BETTER = 3  # of so many lessons one has the better answer, the rest the plain one, where there are both
 _OTHERS = (
     r"ChatGPT|GPT-?\d\w*|OpenAI|Claude|Anthropic|L[Ll]a[Mm][Aa]|Meta AI|Mistral|Mixtral|Bard|Gemini|PaLM|LaMDA|Qwen|Tongyi|Alibaba"
     r"|DeepSeek|Vicuna|Alpaca|Cohere|Copilot|Grok|xAI|Siri|Alexa|Ernie|ChatGLM|Falcon|Phi-?\d"
@@ -190,7 +191,7 @@ def _taught(source: InstructionSource, name: str, kind: str) -> Iterator[Record]
     for number, lesson in enumerate(lessons(source.topic, source.examples, source.seed, name)):
         where, asked = f"{source.topic}/{source.seed}/{number}", [{"role": "user", "content": lesson.question}]
         if kind == "conversation":
-            answer = lesson.plain if lesson.plain and number % 2 else lesson.answer
+            answer = lesson.plain if lesson.plain and number % _BETTER else lesson.answer
             messages = [*asked, {"role": "assistant", "content": answer}]
             yield Conversation(messages, lesson.ends, lesson.tests, lesson.fact, where)
         else:

@@ -6,7 +6,7 @@ import ast
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gemmary.errors import GemmaryError
 
@@ -74,13 +74,21 @@ def _literal(node: ast.expr) -> object:
     return value
 
 
+def _same_number(expected: Any, found: Any) -> bool:
+    """As Python has it, an int may be a float's equal; of floats, those that are near count, and nan is nan."""
+    if type(expected) is type(found) is int:
+        return bool(expected == found)
+    try:
+        return math.isclose(expected, found, rel_tol=_RELATIVE) or (math.isnan(expected) and math.isnan(found))
+    except OverflowError:  # an int beyond all floats
+        return False
+
+
 def same(expected: object, found: object) -> bool:
     """Whether `found`, any JSON at all, is the harness's encoding of the value. The recursion follows the literal."""
     kind = type(expected)
-    if isinstance(expected, float):
-        return type(found) is float and (
-            math.isclose(expected, found, rel_tol=_RELATIVE) or (math.isnan(expected) and math.isnan(found))
-        )
+    if kind in (int, float) and type(found) in (int, float):
+        return _same_number(expected, found)
     if expected is None or isinstance(expected, bool | int | str):
         return type(found) is kind and found == expected
     if not isinstance(found, list) or len(found) != 2 or found[0] != kind.__name__:

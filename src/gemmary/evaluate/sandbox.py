@@ -120,7 +120,7 @@ class Sandbox:
             raise GemmaryError(f"generated code cannot be run here: {said}")
 
     def passes(self, code: str, tests: Sequence[str]) -> Verdict:
-        """Whether the code loads and every test's value is right, in type and value (int and bool and float are three types).
+        """Whether the code loads and every test's value is right, in type and value (an int may be a float's equal, a bool is neither).
 
         Floats may differ by 1e-9 of the greater. Values of any class but int, float, bool, str, bytes, list, tuple, dict
         (Counter, OrderedDict and defaultdict too), set and None are wrong. The tests run in their order in one namespace; the

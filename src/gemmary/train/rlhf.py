@@ -11,6 +11,8 @@ stops; the parameters of the highest success are kept.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +37,7 @@ from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.finetune import Learner, TuneSettings, describe, learner
 from gemmary.train.journal import read_entries
-from gemmary.train.loop import Hook, Report
+from gemmary.train.loop import Hook, LoopSettings, Report
 from gemmary.train.losses import Head, token_log_probs
 from gemmary.train.objectives import policy_loss
 from gemmary.train.optimizer import optimizer
@@ -87,6 +89,10 @@ class RlhfSettings(TuneSettings):
     def decisive(self) -> dict[str, Any]:
         """The settings that the result depends on."""
         return {name: value for name, value in super().decisive().items() if name not in ("watched", "on_error")}
+
+    def loop(self, steps: int) -> LoopSettings:
+        """For `fit`; a policy's loss goes up and down with the samples' advantages, and no leap of it means anything."""
+        return dataclasses.replace(super().loop(steps), spike=math.inf)
 
 
 def rlhf(
