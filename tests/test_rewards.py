@@ -143,3 +143,8 @@ def test_what_the_user_can_mend_ends_it() -> None:
 def test_an_interrupt_is_no_error_of_the_reward() -> None:
     with pytest.raises(KeyboardInterrupt):
         rewarded(fails_on("green", lambda: raises(KeyboardInterrupt())), THREE)
+
+
+@pytest.mark.parametrize("gives", [["no number"], [1.0, 2.0, 3.0], [[1.0]]])
+def test_what_is_no_number_for_each_answer_cannot_be_judged(gives: list[object]) -> None:
+    assert rewarded(lambda rollouts: gives, [answered("red"), answered("blue")]) == [None, None]  # type: ignore[arg-type, return-value]

@@ -1,10 +1,11 @@
 """What an answer is worth: a reward model's score, or a function that can tell whether it is right.
 
-A reward takes rollouts and gives a number for each; None is for one that it cannot judge, with the reason said.
+A reward takes rollouts and gives a number for each; None is for one that it cannot judge.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -75,12 +76,13 @@ def score_answers(
 def rewarded(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     """What the reward says; a number that is none, and all of them where it raises, are None. A GemmaryError is the user's to mend."""
     try:
-        found = list(reward(rollouts))
+        given = [None if value is None else float(value) for value in reward(rollouts)]
+        if len(given) != len(rollouts):
+            raise ValueError(f"{len(given)} rewards for {len(rollouts)} answers")
     except GemmaryError:
         raise
-    except Exception as error:  # whatever a reward does must not lose the run
+    except Exception:  # whatever a reward does must not lose the run
         if len(rollouts) == 1:
             return [None]
-        del error
         return [value for one in rollouts for value in rewarded(reward, [one])]
-    return [float(value) if value is not None and np.isfinite(value) else None for value in found]
+    return [value if value is not None and math.isfinite(value) else None for value in given]

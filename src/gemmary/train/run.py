@@ -10,6 +10,7 @@ model            (or adapter) a link to the best parameters, or else to the newe
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def run(
     if restored is None:
         shutil.rmtree(folder / "best", ignore_errors=True)
     else:
+        for left in (folder / "best").glob(".step_*.partial"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         for line in restored.damaged:
             say(f"passed over a checkpoint: {line}")
         batches.restore(restored.data)
@@ -108,7 +111,7 @@ def keep_best(hook: Hook, folder: Path, files: ModelFiles, value: Callable[[dict
     def run(state: TrainState) -> dict[str, Any]:
         found, step = hook.run(state), int(state.step)
         new, old = value(found), _best(folder)
-        if old is None or new < read_json(old / "best.json")["value"]:
+        if math.isfinite(new) and (old is None or new < read_json(old / "best.json")["value"]):
             name = folder / "best" / f"step_{step:08d}"
             shutil.rmtree(name, ignore_errors=True)
             with staged(name, 0) as stage:
