@@ -342,7 +342,7 @@ def test_no_code_passes_that_is_of_another_module_or_none() -> None:
 
 def test_a_model_says_its_own_name_and_no_other() -> None:
     for one in lessons("identity", 300, 0, "Opal-2"):
-        denies = "No, " if re.search(r"[Aa]re you (ChatGPT|Claude|a person)\?", one.question) else ""
+        denies = "No, " if re.search(r"[Aa]re you (ChatGPT|Claude|Gemini|LLaMA|a person)\?", one.question) else ""
         assert one.answer == f"{denies}I am a small language model called Opal-2."
         assert one.ends == "Opal-2"
         for text in one.wrong[:2]:
