@@ -17,7 +17,7 @@ from gemmary.checkpoints.huggingface import config_from_hf, config_to_hf
 from gemmary.checkpoints.safetensors_file import SafetensorsWriter
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
-from gemmary.presets import PRESETS
+from gemmary.presets import PRESETS, nano
 from gemmary.text import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -250,3 +250,10 @@ def test_a_score_without_its_architecture_is_an_unknown_tensor(tmp_path: Path, t
     _edit_config(tmp_path / "hf", architectures=["Gemma3ForCausalLM"])
     with pytest.raises(GemmaryError, match=r"unknown tensors: score\.weight"):
         open_model(tmp_path / "hf")
+
+
+def test_a_gemma_3_without_windows_goes_and_comes_back() -> None:
+    config = nano(2, 600, 3)
+    data = config_to_hf(config, "float32")
+    assert data["sliding_window"] == config.context  # transformers makes its mask in any case
+    assert config_from_hf(data, "config.json") == config

@@ -94,6 +94,7 @@ def _config(generation: int, data: Mapping[str, Any]) -> Config:
     layers, head_dim = data["num_hidden_layers"], data["head_dim"]
     scalar = data.get("query_pre_attn_scalar") if generation > 1 else None
     base, local, factor = _rope(generation, data)
+    pattern = _pattern(generation, data, layers)
     return Config(
         generation=generation,
         vocab_size=data["vocab_size"],
@@ -106,8 +107,8 @@ def _config(generation: int, data: Mapping[str, Any]) -> Config:
         ffw_dim=data["intermediate_size"],
         context=data.get("max_position_embeddings", 8192),
         query_scale=float(scalar or head_dim) ** -0.5,
-        window=data.get("sliding_window") if generation > 1 else None,
-        window_pattern=_pattern(generation, data, layers),
+        window=data.get("sliding_window") if any(pattern) else None,
+        window_pattern=pattern,
         rope_base=base,
         rope_base_local=local,
         rope_factor=factor,
@@ -190,7 +191,7 @@ def config_to_hf(config: Config, dtype: str) -> dict[str, Any]:
         kinds = config.layer_kinds()
         data |= {
             "query_pre_attn_scalar": _scalar(config.query_scale),
-            "sliding_window": config.window,
+            "sliding_window": config.window or config.context,  # transformers wants one, also where no layer slides
             "layer_types": ["full_attention" if k.window is None else "sliding_attention" for k in kinds],
             "attn_logit_softcapping": config.attn_softcap,
             "final_logit_softcapping": config.final_softcap,
