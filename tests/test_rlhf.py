@@ -230,7 +230,7 @@ def test_an_answers_advantage_is_its_value_less_the_others_mean(tmp_path: Path, 
 def test_the_penalty_is_the_log_ratio_to_the_reference(
     tmp_path: Path, taught: Params, steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_reference", lambda pupil, given: params())  # one that has learnt nothing
+    monkeypatch.setattr(module, "_reference", lambda pupil: params())  # one that has learnt nothing
     reward = Kept(lambda one: 1.0)
     ended = ran(tmp_path, taught, reward, steps=1, max_new_tokens=1, unfinished=0.0, beta=0.5)
     plain = jax.nn.log_softmax(jax.jit(forward, static_argnums=1)(params(), config(), jnp.asarray([ASKED.ids])))[0, -1]

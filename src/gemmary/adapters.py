@@ -94,8 +94,10 @@ def split(params: Params, also: Collection[str] = ()) -> tuple[Params, Params]:
     return learnt, rest
 
 
-def join(learnt: Params, rest: Params) -> Params:
-    """The model that `split` took apart."""
+def join(learnt: Params, rest: Params | None) -> Params:
+    """The model that `split` took apart; without a rest all of it is learnt."""
+    if rest is None:
+        return learnt
     whole = dict(rest)
     for name, weight in learnt.items():
         if name not in rest:

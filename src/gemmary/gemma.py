@@ -186,9 +186,7 @@ def load(
             f"there is no dtype {chosen!r} here: choose float32 or bfloat16 (float16 overflows in Gemma)"
         )
     with open_model(model, hub=hub) as checkpoint:
-        config, tokenizer = checkpoint.config, checkpoint.tokenizer()
-        if tokenizer is None:
-            raise GemmaryError(f"{checkpoint.where} has no tokenizer: put its tokenizer.model beside the weights")
+        config, tokenizer = checkpoint.config, checkpoint.own_tokenizer()
         if tokenizer.size > config.vocab_size:
             raise GemmaryError(
                 f"{checkpoint.where}: the tokenizer has {tokenizer.size} pieces and the embedding {config.vocab_size} rows"

@@ -53,10 +53,10 @@ class Teaching(Life):
 
     def dialogues(self) -> dict[str, Any]:
         """The conversations as ids: `dialogues/<source>/<split>`."""
-        gathered, tokenizer, generation = self.instructions(), self._start_tokenizer(), self._generation()
-        settings, length = self.given("instructions"), self.given("sft").length
+        gathered, settings, length = self.instructions(), self.given("instructions"), self.given("sft").length
 
         def work(folder: Path) -> dict[str, Any]:
+            tokenizer, generation = self._start_tokenizer(), self._generation()
             return _written(folder, settings, length, lambda source, split: (
                 (one.where, (_ids(one.messages, tokenizer, generation),))
                 for one in read_gathered(self.folder / "instructions", source, split)
@@ -68,16 +68,17 @@ class Teaching(Life):
 
     def pairs(self) -> dict[str, Any]:
         """The preferences as ids: `pairs/<source>/<split>/chosen` and `…/rejected`."""
-        gathered, tokenizer, generation = self.preferences(), self._start_tokenizer(), self._generation()
-        settings = self.given("preferences")
+        gathered, settings = self.preferences(), self.given("preferences")
         length = min(one.length for one in (self.recipe.reward, self.recipe.dpo) if one is not None)
 
-        def both(one: Preference) -> tuple[Dialogue, Dialogue]:
-            said = ([*one.prompt, {"role": "assistant", "content": text}] for text in (one.chosen, one.rejected))
-            first, second = (_ids(messages, tokenizer, generation) for messages in said)
-            return first, second
-
         def work(folder: Path) -> dict[str, Any]:
+            tokenizer, generation = self._start_tokenizer(), self._generation()
+
+            def both(one: Preference) -> tuple[Dialogue, Dialogue]:
+                said = ([*one.prompt, {"role": "assistant", "content": text}] for text in (one.chosen, one.rejected))
+                first, second = (_ids(messages, tokenizer, generation) for messages in said)
+                return first, second
+
             return _written(folder, settings, length, lambda source, split: (
                 (one.where, both(one)) for one in read_gathered(self.folder / "preferences", source, split)
                 if isinstance(one, Preference)
@@ -102,10 +103,7 @@ class Teaching(Life):
             self.tokenizer()
             return self._tokenizer()
         with open_model(self.recipe.model.path) as checkpoint:
-            tokenizer = checkpoint.tokenizer()
-        if tokenizer is None:
-            raise GemmaryError(f"{self.recipe.model.path} has no tokenizer: put its tokenizer.model beside the weights")
-        return tokenizer
+            return checkpoint.own_tokenizer()
 
     def _generation(self) -> int:
         model = self.recipe.model

@@ -5,7 +5,7 @@ sft/  reward/  rlhf/  dpo/      runs (see `train.run`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from gemmary.adapters import merge
 from gemmary.checkpoints import SAMPLE, convert, open_model
 from gemmary.config import Config
 from gemmary.data.conversations import Conversation
-from gemmary.data.instructions import read_gathered
+from gemmary.data.instructions import InstructionSettings, read_gathered
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.sandbox import Sandbox
 from gemmary.evaluate.tasks import passing_tests, success
@@ -39,13 +39,12 @@ _SHOWN = 20
 
 
 class Model(NamedTuple):
-    """A model to begin from: `name` for those who load adapters over it, `digest` of what it came from."""
+    """A model to begin from; `name` is for those who load adapters over it."""
 
     config: Config
     params: Params
     tokenizer: Tokenizer
     name: str
-    digest: str
 
 
 class Tuning(Teaching):
@@ -53,79 +52,54 @@ class Tuning(Teaching):
 
     def sft(self) -> dict[str, Any]:
         """An instruction-tuned model (or adapters): `sft/model`."""
-        settings, learns = self.given("sft"), self.given("instructions")
-        dialogues, model = self.dialogues(), self._before("sft")
-
-        def work(folder: Path) -> dict[str, Any]:
-            data = {split: self._tokens("dialogues", learns, split) for split in ("train", "held_out")}
-            ended = sft(
-                settings, model.config, model.params, model.tokenizer, data["train"], data["held_out"], folder,
-                weights=learns.weights, seed=self.recipe.seed, base=model.name, digest=model.digest, report=self.report, say=self.say,
-            )  # fmt: skip
-            return self._ended(folder, ended)
-
-        return self.stage(
-            "sft",
-            {**settings.decisive(), **self._common(learns)},
-            {"dialogues": dialogues["digest"], "model": model.digest},
-            work,
-            keep=True,
-        )
+        learns = self.given("instructions")
+        return self._learnt("sft", sft, learns, self.dialogues, lambda split: self._tokens("dialogues", learns, split))
 
     def reward(self) -> dict[str, Any]:
         """A reward model: `reward/model`."""
-        settings, learns = self.given("reward"), self.given("preferences")
-        pairs, model = self.pairs(), self._before("reward")
-
-        def work(folder: Path) -> dict[str, Any]:
-            data = {split: self._pairs(learns, split) for split in ("train", "held_out")}
-            ended = reward(
-                settings, model.config, model.params, model.tokenizer, data["train"], data["held_out"], folder,
-                weights=learns.weights, seed=self.recipe.seed, base=model.name, digest=model.digest, report=self.report, say=self.say,
-            )  # fmt: skip
-            return self._ended(folder, ended)
-
-        return self.stage(
-            "reward",
-            {**settings.decisive(), **self._common(learns)},
-            {"pairs": pairs["digest"], "model": model.digest},
-            work,
-            keep=True,
-        )
+        learns = self.given("preferences")
+        return self._learnt("reward", reward, learns, self.pairs, lambda split: self._pairs(learns, split))
 
     def dpo(self) -> dict[str, Any]:
         """A model that learnt from the pairs themselves: `dpo/model`."""
-        settings, learns = self.given("dpo"), self.given("preferences")
-        pairs, model = self.pairs(), self._before("dpo")
+        learns = self.given("preferences")
+        return self._learnt("dpo", dpo, learns, self.pairs, lambda split: self._pairs(learns, split))
+
+    def _learnt(
+        self,
+        stage: str,
+        learn: Callable[..., Ended],
+        learns: InstructionSettings,
+        rows: Callable[[], dict[str, Any]],
+        data: Callable[[str], Any],
+    ) -> dict[str, Any]:
+        settings, made, before = self.given(stage), rows(), self._before(stage)
+        digest = self._digest_of_model(before)
 
         def work(folder: Path) -> dict[str, Any]:
-            data = {split: self._pairs(learns, split) for split in ("train", "held_out")}
-            ended = dpo(
-                settings, model.config, model.params, model.tokenizer, data["train"], data["held_out"], folder,
-                weights=learns.weights, seed=self.recipe.seed, base=model.name, digest=model.digest, report=self.report, say=self.say,
+            model = self._opened(before)
+            ended = learn(
+                settings, model.config, model.params, model.tokenizer, data("train"), data("held_out"), folder,
+                weights=learns.weights, seed=self.recipe.seed, base=model.name, digest=digest, report=self.report, say=self.say,
             )  # fmt: skip
             return self._ended(folder, ended)
 
-        return self.stage(
-            "dpo",
-            {**settings.decisive(), **self._common(learns)},
-            {"pairs": pairs["digest"], "model": model.digest},
-            work,
-            keep=True,
-        )
+        inputs = {made["stage"]: made["digest"], "model": digest}
+        return self.stage(stage, {**settings.decisive(), **self._common(learns)}, inputs, work, keep=True)
 
     def rlhf(self) -> dict[str, Any]:
         """A model that learnt from rewards: `rlhf/model`."""
         settings: RlhfStage = self.given("rlhf")
         learns, gathered = self.given("instructions"), self.instructions()
-        model, judge = self._before("rlhf"), dict[str, str](kind=settings.reward)
+        before, judge = self._before("rlhf"), dict[str, str](kind=settings.reward)
+        digest = self._digest_of_model(before)
         if settings.reward == "model":
             judge["digest"] = digest_of(settings.reward_path) if settings.reward_path else self.reward()["digest"]
             if not settings.reward_path and not self.reward()["results"]["complete"]:
                 return self.reward()
 
         def work(folder: Path) -> dict[str, Any]:
-            wanted = settings.sources or tuple(learns.weights)
+            model, wanted = self._opened(before), settings.sources or tuple(learns.weights)
             prompts, left = self._prompts(wanted, "train", model, settings)
             held_out, _ = self._prompts(wanted, "held_out", model, settings)
             sandbox = self._sandbox(needed=settings.reward == "tests")
@@ -133,7 +107,7 @@ class Tuning(Teaching):
                 settings, model.config, model.params, model.tokenizer, prompts, _turn_by_turn(held_out),
                 self._reward(settings, model, sandbox), success(sandbox), folder,
                 weights={name: 1 / len(some) for name, some in prompts.items()},
-                digest=sha([gathered["digest"], judge]), seed=self.recipe.seed, base=model.name, start=model.digest,
+                digest=sha([gathered["digest"], judge]), seed=self.recipe.seed, base=model.name, start=digest,
                 report=self.report, say=self.say,
             )  # fmt: skip
             return self._ended(folder, ended) | {
@@ -142,7 +116,7 @@ class Tuning(Teaching):
             }
 
         decisive = {**settings.decisive(), **self._common(learns), "evaluate": self.recipe.evaluate.allow_unsandboxed}
-        inputs = {"instructions": gathered["digest"], "model": model.digest, "reward": sha(judge)}
+        inputs = {"instructions": gathered["digest"], "model": digest, "reward": sha(judge)}
         return self.stage("rlhf", decisive, inputs, work, keep=True)
 
     def _reward(self, settings: RlhfStage, model: Model, sandbox: Sandbox | None) -> Reward:
@@ -153,11 +127,7 @@ class Tuning(Teaching):
             return passing_tests(sandbox)
         path = settings.reward_path or str(self._parameters("reward"))
         with open_model(path) as checkpoint:
-            tokenizer = checkpoint.tokenizer()
-            if tokenizer is None:
-                raise GemmaryError(
-                    f"the reward model {path} has no tokenizer: put its tokenizer.model beside the weights"
-                )
+            tokenizer = checkpoint.own_tokenizer()
             params = merge(checkpoint.params(jnp.float32))
             return model_reward(
                 params, checkpoint.config, tokenizer, model.tokenizer, dtype=jnp.float32, length=settings.length
@@ -193,23 +163,24 @@ class Tuning(Teaching):
             self.say(f"code is not judged: {error}")
             return None
 
-    def _before(self, stage: str) -> Model:
-        """The model that a stage begins from."""
-        return self._opened("sft" if stage != "sft" and self.recipe.sft is not None else "base")
+    def _before(self, stage: str) -> str:
+        """Which model a stage begins from."""
+        return "sft" if stage != "sft" and self.recipe.sft is not None else "base"
+
+    def _digest_of_model(self, name: str) -> str:
+        """Of the base model or a stage's, which is lived first; nothing is loaded."""
+        if name == "base":
+            return self._start_digest()
+        record = getattr(self, name)()
+        if not record["results"]["complete"]:
+            raise GemmaryError(f"{name} is not complete: the same command goes on with it")
+        return str(record["digest"])
 
     def _opened(self, name: str) -> Model:
-        path, digest = self._start(), self._start_digest()
-        if name != "base":
-            record = getattr(self, name)()
-            if not record["results"]["complete"]:
-                raise GemmaryError(f"{name} is not complete: the same command goes on with it")
-            path, digest = self._whole(name), record["digest"]
+        path = self._start() if name == "base" else self._whole(name)
         with open_model(path) as checkpoint:
-            tokenizer = checkpoint.tokenizer()
-            if tokenizer is None:
-                raise GemmaryError(f"{checkpoint.where} has no tokenizer: put its tokenizer.model beside the weights")
             shown = str(path) if str(path) == SAMPLE else str(Path(path).absolute())
-            return Model(checkpoint.config, checkpoint.params(jnp.float32), tokenizer, shown, digest)
+            return Model(checkpoint.config, checkpoint.params(jnp.float32), checkpoint.own_tokenizer(), shown)
 
     def _whole(self, stage: str) -> Path:
         """The stage's model; that of adapters is merged once, so that others can go over it."""

@@ -21,7 +21,8 @@ from gemmary import kernels
 from gemmary.checkpoints.checkpoint import write_whole
 from gemmary.evaluate.tasks import success, tally
 from gemmary.stages import write_record
-from gemmary.train.rollouts import Rollout, repetition, roll, seeds
+from gemmary.train.rollouts import Rollout, roll, seeds
+from gemmary.train.watching import manner
 from gemmary.tuning import Model, Tuning
 
 __all__ = ["STAGES", "WHOLE", "Whole"]
@@ -77,12 +78,7 @@ class Whole(Tuning):
                 answers = self._answered(self._opened(name))
                 for how, rollouts in answers.items():
                     found = tally(rollouts, success(sandbox)(rollouts))
-                    tokens = sum(len(one.ids) for one in rollouts) / max(len(rollouts), 1)
-                    loops = sum(repetition(one.ids) for one in rollouts) / max(len(rollouts), 1)
-                    results["models"].setdefault(name, {})[how] = {
-                        "tasks": found, "answer_tokens": tokens, "repetition": loops,
-                        "finished": sum(one.finished for one in rollouts) / max(len(rollouts), 1),
-                    }  # fmt: skip
+                    results["models"].setdefault(name, {})[how] = {"tasks": found, **manner(rollouts)}
                 _side_by_side(samples, name, answers["greedy"])
             write_record(folder / "results.json", results | {"samples": list(samples.values())})
             return results

@@ -83,6 +83,13 @@ class Checkpoint(ABC):
         """The tokenizer that came with the weights, if one did."""
         return None
 
+    def own_tokenizer(self) -> Tokenizer:
+        """The same, where one is needed. Raises GemmaryError where there is none."""
+        tokenizer = self.tokenizer()
+        if tokenizer is None:
+            raise GemmaryError(f"{self.where} has no tokenizer: put its tokenizer.model beside the weights")
+        return tokenizer
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the files."""

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from gemmary.data.tokens import Tokens
 from gemmary.errors import GemmaryError
 
-__all__ = ["Batch", "Packed", "Piece", "Plan", "held_out_batches", "shuffled", "stacked"]
+__all__ = ["Batch", "Packed", "Piece", "Plan", "blank_row", "held_out_batches", "shuffled", "stacked"]
 
 Int = npt.NDArray[np.int64]
 Row = TypeVar("Row", bound=tuple[Any, ...])
@@ -64,17 +64,22 @@ def shuffled(count: int, *key: int) -> Int:
     return np.argsort(words, kind="stable")
 
 
-def _row(tokens: Tokens, pieces: Sequence[Piece], length: int, bos: int, eos: int, pad: int) -> Batch:
-    sizes = np.array([piece.stop - piece.start for piece in pieces], np.int64)
-    ends = np.cumsum(sizes)
-    starts, used = ends - sizes, int(sizes.sum())
-    row = Batch(
+def blank_row(length: int, pad: int) -> Batch:
+    """A row of padding."""
+    return Batch(
         tokens=np.full(length, pad, np.int32),
         targets=np.full(length, pad, np.int32),
         mask=np.zeros(length, np.float32),
         positions=np.full(length, -1, np.int32),
         segments=np.full(length, -1, np.int32),
     )
+
+
+def _row(tokens: Tokens, pieces: Sequence[Piece], length: int, bos: int, eos: int, pad: int) -> Batch:
+    sizes = np.array([piece.stop - piece.start for piece in pieces], np.int64)
+    ends = np.cumsum(sizes)
+    starts, used = ends - sizes, int(sizes.sum())
+    row = blank_row(length, pad)
     for piece, start, end in zip(pieces, starts.tolist(), ends.tolist(), strict=True):
         ids = tokens[piece.document][piece.start : piece.stop]
         row.targets[start:end] = eos

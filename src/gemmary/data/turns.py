@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gemmary.data.packing import Batch, shuffled
+from gemmary.data.packing import Batch, blank_row, shuffled
 from gemmary.data.tokens import Tokens
 from gemmary.errors import GemmaryError
 
@@ -80,13 +80,7 @@ def lay_out(pieces: Sequence[tuple[Int, Int]], length: int, pad: int) -> Batch:
 
     A piece takes as many slots as it has ids; its last has nothing to predict.
     """
-    row = Batch(
-        tokens=np.full(length, pad, np.int32),
-        targets=np.full(length, pad, np.int32),
-        mask=np.zeros(length, np.float32),
-        positions=np.full(length, -1, np.int32),
-        segments=np.full(length, -1, np.int32),
-    )
+    row = blank_row(length, pad)
     start = 0
     for number, (ids, learnt) in enumerate(pieces):
         end = start + len(ids)

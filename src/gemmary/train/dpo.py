@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,20 +14,18 @@ import numpy as np
 
 from gemmary.adapters import join
 from gemmary.config import Config
-from gemmary.data.batches import row_batches
 from gemmary.data.packing import Batch, stacked
-from gemmary.data.turns import PackedPairs, PairBatch
+from gemmary.data.turns import PairBatch
 from gemmary.errors import check_bounds
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
-from gemmary.train.finetune import TuneSettings, compiled, describe, learner
-from gemmary.train.loop import Hook, Report
+from gemmary.train.finetune import TuneSettings, learner, tune
+from gemmary.train.loop import Report
 from gemmary.train.losses import Head
 from gemmary.train.objectives import dpo_loss, sequence_log_probs
-from gemmary.train.optimizer import optimizer
-from gemmary.train.reward import Pairs
-from gemmary.train.run import Ended, Say, keep_best, run
-from gemmary.train.step import TrainState, init_state, make_step
+from gemmary.train.reward import Pairs, judged, margins, packed_pairs, pair_digests
+from gemmary.train.run import Ended, Say
+from gemmary.train.step import TrainState
 
 __all__ = ["DpoSettings", "dpo"]
 
@@ -49,22 +47,6 @@ def _log_probs(params: Params, batch: PairBatch, config: Config, head: Head, dty
     return sequence_log_probs(params, config, Batch(*batch[:5]), head, dtype=dtype)
 
 
-def _verdicts(unseen: Sequence[PackedPairs], reward: Callable[[PairBatch], Any]) -> dict[str, Any]:
-    """How often the policy's own reward is higher for the preferred answer."""
-    margins: list[float] = []
-    for rows in unseen:
-        for items in rows.in_order():
-            batch = stacked([rows.row(items)])
-            found = np.asarray(reward(batch))
-            at, slot = np.nonzero(batch.partner >= 0)
-            margins += (found[at, slot] - found[at, batch.partner[at, slot]]).tolist()
-    if not margins:
-        return {}
-    every = np.array(margins)
-    right = float(np.mean((every > 0) + 0.5 * (every == 0)))
-    return {"pairs": len(every), "accuracy": right, "loss": float(np.logaddexp(0, -every).mean())}
-
-
 def dpo(
     settings: DpoSettings,
     config: Config,
@@ -83,37 +65,23 @@ def dpo(
 ) -> Ended:
     """Run, or go on; the parameters of the least held-out loss are kept. Raises GemmaryError as `sft` does."""
     pupil = learner(settings, config, params, tokenizer, seed=seed, base=base)
-    start = jax.tree.map(jnp.array, pupil.learnt)
-    reference = start if pupil.rest is None else join(start, pupil.rest)
-    given = {"length": settings.length, "seed": seed, "pad": tokenizer.pad}
-    packed = {n: PackedPairs(p.chosen, p.rejected, n, **given) for n, p in sources.items() if weights[n]}
-    steps = settings.total(sum(rows.rows * weights[name] for name, rows in packed.items()))
-    order = {f"source {name}": [sources[name].chosen.digest, sources[name].rejected.digest] for name in packed}
-    batches = row_batches(packed, weights, order, length=settings.length, batch=settings.batch, steps=steps, seed=seed)
-    rule = optimizer(settings.optimizer, steps)
+    reference = join(jax.tree.map(jnp.array, pupil.learnt), pupil.rest)
     head, dtype = settings.head(config), jnp.dtype(settings.dtype)
-    loss = dpo_loss(config, beta=settings.beta, head=head, dtype=dtype, remat=settings.remat)
-    step = make_step(loss, rule, accumulate=settings.accumulate)
-    example = stacked([next(iter(packed.values()))[0]] * settings.batch)
     log_probs = partial(_log_probs, config=config, head=head, dtype=dtype)
-    unseen = [PackedPairs(p.chosen, p.rejected, n, **given) for n, p in held_out.items()]
+    unseen = packed_pairs(held_out, dict.fromkeys(held_out, 1.0), settings, seed, tokenizer).values()
 
     def evaluate(state: TrainState) -> dict[str, Any]:
-        policy = state.params if pupil.rest is None else join(state.params, pupil.rest)
-        found = _verdicts(
-            unseen, lambda batch: settings.beta * (log_probs(policy, batch) - log_probs(reference, batch))
-        )
-        return {"held_out_pairs": found} if found else {}
+        policy = join(state.params, pupil.rest)
+        found = [
+            margin for rows in unseen for items in rows.in_order()
+            for batch in [stacked([rows.row(items)])]
+            for margin in margins(np.asarray(log_probs(policy, batch) - log_probs(reference, batch)), batch.partner)
+        ]  # fmt: skip
+        return {"held_out_pairs": judged(settings.beta * np.array(found))} if found else {}
 
-    def program(state: TrainState) -> Any:
-        update = compiled(step, pupil, state, (example, log_probs(reference, example)), say)
-        return lambda state, batch: update(state, (batch, log_probs(reference, batch)))
-
-    watch = Hook(settings.evaluate_every, evaluate)
-    kept = keep_best(watch, folder, pupil.files, lambda found: found["held_out_pairs"]["loss"]) if unseen else watch
-    return run(
-        folder, init_state(pupil.learnt, rule, jax.random.key(seed)), batches, program, files=pupil.files,
-        identity=pupil.identity(seed=seed, dpo=settings.decisive(), start=digest), settings=settings.loop(steps),
-        describe=describe(settings, steps, settings.batch * settings.length, shares=batches.shares), before=evaluate,
-        hooks=[kept], report=report, say=say,
+    return tune(
+        "dpo", settings, pupil, packed_pairs(sources, weights, settings, seed, tokenizer), pair_digests(sources),
+        dpo_loss(config, beta=settings.beta, head=head, dtype=dtype, remat=settings.remat), folder, weights=weights, seed=seed,
+        start=digest, evaluate=evaluate, value=(lambda found: found["held_out_pairs"]["loss"]) if held_out else None,
+        prepared=lambda batch: (batch, log_probs(reference, batch)), report=report, say=say,
     )  # fmt: skip

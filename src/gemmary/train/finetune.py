@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -14,21 +15,24 @@ import jax.numpy as jnp
 from gemmary.adapters import PROJECTIONS, adapt, merge, split
 from gemmary.checkpoints.checkpoint import config_to_json
 from gemmary.config import Config
+from gemmary.data.batches import row_batches
+from gemmary.data.packing import stacked
 from gemmary.data.tokens import tokenizer_digest
+from gemmary.data.turns import Rows
 from gemmary.errors import GemmaryError, check_bounds
 from gemmary.model.transformer import Remat
 from gemmary.params import Params, is_stacked, stack
 from gemmary.text.tokenizer import Tokenizer
-from gemmary.train.loop import LoopSettings
+from gemmary.train.loop import Hook, LoopSettings, Report
 from gemmary.train.losses import Head, chunk_size
 from gemmary.train.memory import compile_lean
-from gemmary.train.optimizer import OptimizerSettings, learning_rate
-from gemmary.train.run import Say
+from gemmary.train.optimizer import OptimizerSettings, learning_rate, optimizer
+from gemmary.train.run import Ended, Say, keep_best, run
 from gemmary.train.saving import AdapterFiles, ModelFiles, NativeFiles
-from gemmary.train.step import Step, TrainState
+from gemmary.train.step import Loss, Step, TrainState, init_state, make_step
 from gemmary.weights import Int4, Int8, dequantize, map_rows, quantize_weight
 
-__all__ = ["Learner", "LoraSettings", "TuneSettings", "compiled", "describe", "learner"]
+__all__ = ["Learner", "LoraSettings", "TuneSettings", "compiled", "describe", "learner", "tune"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,3 +193,47 @@ def describe(
         }
 
     return entry
+
+
+def tune(
+    stage: str,
+    settings: TuneSettings,
+    pupil: Learner,
+    packed: Mapping[str, Rows],
+    digests: Mapping[str, Any],
+    loss: Loss,
+    folder: Path,
+    *,
+    weights: Mapping[str, float],
+    seed: int,
+    start: str,
+    evaluate: Callable[[TrainState], dict[str, Any]],
+    value: Callable[[dict[str, Any]], float] | None,
+    prepared: Callable[[Any], Any] = lambda batch: batch,
+    report: Report,
+    say: Say,
+) -> Ended:
+    """A run over packed rows, or on from its newest checkpoint.
+
+    `evaluate` is asked before the first step, every so many and after the last; the parameters of its least `value` are kept,
+    where there is one. `prepared` makes of rows what the loss takes. `digests` are of each source, `start` of the model.
+    """
+    steps = settings.total(sum(rows.rows * weights[name] for name, rows in packed.items()))
+    order = {f"source {name}": digests[name] for name in packed}
+    batches = row_batches(packed, weights, order, length=settings.length, batch=settings.batch, steps=steps, seed=seed)
+    rule = optimizer(settings.optimizer, steps)
+    step = make_step(loss, rule, accumulate=settings.accumulate)
+    example = stacked([next(iter(packed.values()))[0]] * settings.batch)
+
+    def program(state: TrainState) -> Step:
+        update = compiled(step, pupil, state, prepared(example), say)
+        return lambda state, batch: update(state, prepared(batch))
+
+    watch = Hook(settings.evaluate_every, evaluate)
+    kept = keep_best(watch, folder, pupil.files, value) if value else watch
+    return run(
+        folder, init_state(pupil.learnt, rule, jax.random.key(seed)), batches, program, files=pupil.files,
+        identity=pupil.identity(seed=seed, start=start, **{stage: settings.decisive()}), settings=settings.loop(steps),
+        describe=describe(settings, steps, settings.batch * settings.length, shares=batches.shares), before=evaluate,
+        hooks=[kept], report=report, say=say,
+    )  # fmt: skip

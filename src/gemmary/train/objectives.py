@@ -20,7 +20,15 @@ from gemmary.params import Params
 from gemmary.train.losses import Head, packed_loss, token_log_probs
 from gemmary.train.step import Loss, Sums
 
-__all__ = ["dpo_loss", "language_loss", "policy_loss", "preference_loss", "scores", "sequence_log_probs"]
+__all__ = [
+    "dpo_loss",
+    "language_loss",
+    "policy_loss",
+    "preference_loss",
+    "scores",
+    "sequence_log_probs",
+    "target_log_probs",
+]
 
 
 def language_loss(config: Config, *, head: Head, dtype: Any = jnp.float32, remat: Remat = "none") -> Loss:
@@ -83,12 +91,19 @@ def dpo_loss(config: Config, *, beta: float, head: Head, dtype: Any = jnp.float3
     return loss
 
 
+def target_log_probs(
+    params: Params, config: Config, batch: Batch, head: Head, *, dtype: Any, remat: Remat = "none"
+) -> Float[Array, "B T"]:
+    """The log-probability of each slot's target, whether it counts or not."""
+    x = _hidden(params, config, batch, dtype, remat)
+    return token_log_probs(x, params["embed"], jnp.asarray(batch.targets), head)
+
+
 def sequence_log_probs(
     params: Params, config: Config, batch: Batch, head: Head, *, dtype: Any, remat: Remat = "none"
 ) -> Float[Array, "B T"]:
     """At each slot, the log-probability of what was learnt (`mask`) of its segment up to there: at its last, of all of it."""
-    x = _hidden(params, config, batch, dtype, remat)
-    found = token_log_probs(x, params["embed"], jnp.asarray(batch.targets), head) * (batch.mask != 0)
+    found = target_log_probs(params, config, batch, head, dtype=dtype, remat=remat) * (batch.mask != 0)
     # Summed by segment: a row's running sum would mix in what came before it.
     same = batch.segments[:, :, None] == batch.segments[:, None, :]
     before = batch.positions[:, :, None] >= batch.positions[:, None, :]

@@ -7,7 +7,7 @@ the difference of their scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,20 +20,18 @@ import numpy.typing as npt
 
 from gemmary.adapters import join
 from gemmary.config import Config
-from gemmary.data.batches import row_batches
 from gemmary.data.packing import Batch, stacked
 from gemmary.data.tokens import Tokens
 from gemmary.data.turns import PackedPairs, PairBatch
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
-from gemmary.train.finetune import Learner, TuneSettings, compiled, describe, learner
-from gemmary.train.loop import Hook, Report
+from gemmary.train.finetune import Learner, TuneSettings, learner, tune
+from gemmary.train.loop import Report
 from gemmary.train.objectives import preference_loss, scores
-from gemmary.train.optimizer import optimizer
-from gemmary.train.run import Ended, Say, keep_best, run
-from gemmary.train.step import TrainState, init_state, make_step
+from gemmary.train.run import Ended, Say
+from gemmary.train.step import TrainState
 
-__all__ = ["Pairs", "interval", "reward", "verdicts"]
+__all__ = ["Pairs", "interval", "judged", "margins", "packed_pairs", "pair_digests", "reward", "verdicts"]
 
 Float = npt.NDArray[np.float64]
 _BINS = 10
@@ -60,34 +58,48 @@ def reward(
     seed: int = 0,
     base: str = "",
     digest: str = "",
-    hooks: Sequence[Hook] = (),
     report: Report = lambda entry: None,
     say: Say = lambda line: None,
 ) -> Ended:
     """Run, or go on; the parameters of the least held-out loss are kept. Raises GemmaryError as `sft` does."""
     pupil = learner(settings, config, params, tokenizer, seed=seed, base=base, score=True)
-    packed = {name: _packed(pairs, name, settings, seed, tokenizer) for name, pairs in sources.items() if weights[name]}
-    steps = settings.total(sum(rows.rows * weights[name] for name, rows in packed.items()))
-    order = {f"source {name}": [sources[name].chosen.digest, sources[name].rejected.digest] for name in packed}
-    batches = row_batches(packed, weights, order, length=settings.length, batch=settings.batch, steps=steps, seed=seed)
-    rule = optimizer(settings.optimizer, steps)
-    loss = preference_loss(pupil.config, dtype=jnp.dtype(settings.dtype), remat=settings.remat)
-    step = make_step(loss, rule, accumulate=settings.accumulate)
-    example = stacked([next(iter(packed.values()))[0]] * settings.batch)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         found = verdicts(pupil, state.params, held_out, settings)
         return {"held_out_pairs": found} if found else {}
 
-    watch = Hook(settings.evaluate_every, evaluate)
-    kept = keep_best(watch, folder, pupil.files, lambda found: found["held_out_pairs"]["loss"]) if held_out else watch
-    return run(
-        folder, init_state(pupil.learnt, rule, jax.random.key(seed)), batches,
-        lambda state: compiled(step, pupil, state, example, say), files=pupil.files,
-        identity=pupil.identity(seed=seed, reward=settings.decisive(), start=digest), settings=settings.loop(steps),
-        describe=describe(settings, steps, settings.batch * settings.length, shares=batches.shares),
-        before=evaluate, hooks=[kept, *hooks], report=report, say=say,
+    return tune(
+        "reward", settings, pupil, packed_pairs(sources, weights, settings, seed, tokenizer), pair_digests(sources),
+        preference_loss(pupil.config, dtype=jnp.dtype(settings.dtype), remat=settings.remat), folder, weights=weights, seed=seed,
+        start=digest, evaluate=evaluate, value=(lambda found: found["held_out_pairs"]["loss"]) if held_out else None,
+        report=report, say=say,
     )  # fmt: skip
+
+
+def packed_pairs(
+    pairs: Mapping[str, Pairs], weights: Mapping[str, float], settings: TuneSettings, seed: int, tokenizer: Tokenizer
+) -> dict[str, PackedPairs]:
+    """Those of a weight, in rows."""
+    return {name: _packed(one, name, settings, seed, tokenizer) for name, one in pairs.items() if weights[name] > 0}
+
+
+def pair_digests(pairs: Mapping[str, Pairs]) -> dict[str, list[str]]:
+    """What the order of rows depends on, by source."""
+    return {name: [one.chosen.digest, one.rejected.digest] for name, one in pairs.items()}
+
+
+def margins(found: npt.NDArray[np.floating[Any]], partner: npt.NDArray[np.int32]) -> list[float]:
+    """How much more each preferred answer has of `found` [B, T] than the other, pair by pair."""
+    row, slot = np.nonzero(partner >= 0)
+    difference: list[float] = (found[row, slot] - found[row, partner[row, slot]]).tolist()
+    return difference
+
+
+def judged(every: Float) -> dict[str, Any]:
+    """What margins come to: how many pairs are right, and their loss."""
+    return {
+        "pairs": len(every), "accuracy": float(_right(every).mean()), "loss": float(np.logaddexp(0, -every).mean()),
+    }  # fmt: skip
 
 
 def _packed(pairs: Pairs, name: str, settings: TuneSettings, seed: int, tokenizer: Tokenizer) -> PackedPairs:
@@ -96,7 +108,7 @@ def _packed(pairs: Pairs, name: str, settings: TuneSettings, seed: int, tokenize
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
 def _scores(learnt: Params, rest: Params | None, batch: PairBatch, config: Config, dtype: Any) -> jax.Array:
-    return scores(learnt if rest is None else join(learnt, rest), config, Batch(*batch[:5]), dtype=dtype)
+    return scores(join(learnt, rest), config, Batch(*batch[:5]), dtype=dtype)
 
 
 def verdicts(pupil: Learner, learnt: Params, held_out: Mapping[str, Pairs], settings: TuneSettings) -> dict[str, Any]:
@@ -106,7 +118,7 @@ def verdicts(pupil: Learner, learnt: Params, held_out: Mapping[str, Pairs], sett
     the bins), and accuracy where the preferred answer is the longer one, the shorter one, or as long: a model that only counts
     words is right in one of these and wrong in another.
     """
-    margins, longer, sources = list[float](), list[int](), dict[str, list[float]]()
+    sources, longer = dict[str, list[float]](), list[int]()
     rows = min(settings.batch, 4)
     for name, pairs in held_out.items():
         packed = _packed(pairs, name, settings, 0, pupil.tokenizer)
@@ -115,22 +127,17 @@ def verdicts(pupil: Learner, learnt: Params, held_out: Mapping[str, Pairs], sett
             made = [packed.row(items) for items in order[at : at + rows]]
             batch = stacked(made + [packed.row([])] * (rows - len(made)))
             found = np.asarray(_scores(learnt, pupil.rest, batch, pupil.config, jnp.dtype(settings.dtype)))
-            row, slot = np.nonzero(batch.partner >= 0)
-            margin = found[row, slot] - found[row, batch.partner[row, slot]]
-            sources.setdefault(name, []).extend(margin.tolist())
-            margins += margin.tolist()
+            sources.setdefault(name, []).extend(margins(found, batch.partner))
             items = [i for row_items in order[at : at + rows] for i in row_items]
             longer += [int(pairs.chosen.lengths[i] - pairs.rejected.lengths[i]) for i in items]
-    if not margins:
+    every, length = np.array([margin for found in sources.values() for margin in found]), np.array(longer)
+    if not len(every):
         return {}
-    every, length = np.array(margins), np.array(longer)
     right = _right(every)
     split = {"longer": length > 0, "shorter": length < 0, "as_long": length == 0}
     return {
-        "pairs": len(every),
-        "accuracy": float(right.mean()),
+        **judged(every),
         "interval": interval(float(right.sum()), len(right)),
-        "loss": float(np.logaddexp(0, -every).mean()),
         "calibration": _calibration(every),
         "by_length": {
             name: {"pairs": int(here.sum()), "accuracy": float(right[here].mean())}

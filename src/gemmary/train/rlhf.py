@@ -31,15 +31,13 @@ from gemmary.data.instructions import OnError
 from gemmary.data.packing import Batch
 from gemmary.data.turns import PromptBatch, Prompts
 from gemmary.errors import GemmaryError, check_bounds
-from gemmary.model.attention import Marks
-from gemmary.model.transformer import hidden
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.finetune import Learner, TuneSettings, describe, learner
 from gemmary.train.journal import read_entries
 from gemmary.train.loop import Hook, LoopSettings, Report
-from gemmary.train.losses import Head, token_log_probs
-from gemmary.train.objectives import policy_loss
+from gemmary.train.losses import Head
+from gemmary.train.objectives import policy_loss, target_log_probs
 from gemmary.train.optimizer import optimizer
 from gemmary.train.rewards import Reward, rewarded
 from gemmary.train.rollouts import Prompt, Rollout, as_batch, roll, seeds
@@ -130,7 +128,7 @@ def rlhf(
     head, dtype = settings.head(config), jnp.dtype(settings.dtype)
     update = make_step(policy_loss(config, head=head, dtype=dtype, remat=settings.remat), rule)
     learning = _Learning(
-        settings, pupil, _reference(pupil, params), reward, [prompts[n] for n in names], seed, update, head, say
+        settings, pupil, _reference(pupil), reward, [prompts[n] for n in names], seed, update, head, say
     )
     watched = list(held_out[: settings.watched])
     watch = Hook(settings.evaluate_every, _Watch(learning, watched, success, folder)) if watched else None
@@ -154,11 +152,8 @@ def _room(settings: RlhfSettings, config: Config, prompts: Sequence[Prompt]) -> 
             )
 
 
-def _reference(pupil: Learner, params: Params) -> Params:
+def _reference(pupil: Learner) -> Params:
     """What the penalty pulls towards. Copied, since a step takes the memory of what it changes."""
-    if pupil.rest is None:
-        whole: Params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-        return whole
     return join(jax.tree.map(jnp.array, pupil.learnt), pupil.rest)
 
 
@@ -173,10 +168,6 @@ class _Learning:
         self._prompts, self._seed, self._update, self._head, self._say = prompts, seed, update, head, say
         self._told = False
 
-    def whole(self, learnt: Params) -> Params:
-        """The model with these parameters."""
-        return learnt if self.pupil.rest is None else join(learnt, self.pupil.rest)
-
     def answers(self, params: Params, prompts: Sequence[Prompt], seeds: Sequence[int] | None) -> list[Rollout]:
         """See `roll`."""
         return roll(
@@ -188,7 +179,9 @@ class _Learning:
         settings, count = self.settings, self.settings.answers
         chosen = zip(batch.source.tolist(), batch.prompt.tolist(), strict=True)
         asked = [self._prompts[source][i] for source, i in chosen for _ in range(count)]
-        rollouts = self.answers(self.whole(state.params), asked, seeds(self._seed, int(state.step), len(asked)))
+        rollouts = self.answers(
+            join(state.params, self.pupil.rest), asked, seeds(self._seed, int(state.step), len(asked))
+        )
         found = rewarded(self.reward, rollouts)
         known = np.array([value is not None for value in found])
         if not known.all():
@@ -237,9 +230,7 @@ class _Learning:
 
 @partial(jax.jit, static_argnames=("config", "head", "dtype"))
 def _log_probs(params: Params, batch: Batch, config: Config, head: Head, dtype: Any) -> jax.Array:
-    marks = Marks(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
-    x, _ = hidden(params, config, jnp.asarray(batch.tokens), marks, dtype=dtype)
-    return token_log_probs(x, params["embed"], jnp.asarray(batch.targets), head)
+    return target_log_probs(params, config, batch, head, dtype=dtype)
 
 
 def advantages(values: Float, known: npt.NDArray[np.bool_]) -> Float:
@@ -256,16 +247,15 @@ class _Watch:
 
     def __init__(self, learning: _Learning, prompts: list[Prompt], success: Reward, folder: Path) -> None:
         self._learning, self._prompts, self._success, self._folder = learning, prompts, success, folder
-        self._before: tuple[list[Float], list[Rollout]] | None = None
+        self._before: list[Float] | None = None
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         learning, step = self._learning, int(state.step)
         if self._before is None:
-            answers = learning.answers(learning.reference, self._prompts, None)
-            self._before = self._judged(answers), answers
-        rollouts = learning.answers(learning.whole(state.params), self._prompts, None)
+            self._before = self._judged(learning.answers(learning.reference, self._prompts, None))
+        rollouts = learning.answers(join(state.params, learning.pupil.rest), self._prompts, None)
         now = self._judged(rollouts)
-        found = watch_answers(rollouts, *now) | {"win_rate": win_rate(now, self._before[0])}
+        found = watch_answers(rollouts, *now) | {"win_rate": win_rate(now, self._before)}
         past = [
             e["watched"] for e in read_entries(self._folder / "metrics.jsonl") if "watched" in e and e["step"] < step
         ]

@@ -5,7 +5,7 @@ The held-out loss is taken before the first step, every so many, and after the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,17 @@ import jax.numpy as jnp
 
 from gemmary.adapters import join
 from gemmary.config import Config
-from gemmary.data.batches import row_batches
 from gemmary.data.packing import Batch, stacked
 from gemmary.data.tokens import Tokens
 from gemmary.data.turns import PackedDialogues, lay_out, pack
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
-from gemmary.train.finetune import Learner, TuneSettings, compiled, describe, learner
-from gemmary.train.loop import Hook, Report
+from gemmary.train.finetune import Learner, TuneSettings, learner, tune
+from gemmary.train.loop import Report
 from gemmary.train.losses import Head, packed_loss
 from gemmary.train.objectives import language_loss
-from gemmary.train.optimizer import optimizer
-from gemmary.train.run import Ended, Say, keep_best, run
-from gemmary.train.step import TrainState, init_state, make_step
+from gemmary.train.run import Ended, Say
+from gemmary.train.step import TrainState
 
 __all__ = ["held_out_loss", "sft"]
 
@@ -45,7 +43,6 @@ def sft(
     seed: int = 0,
     base: str = "",
     digest: str = "",
-    hooks: Sequence[Hook] = (),
     report: Report = lambda entry: None,
     say: Say = lambda line: None,
 ) -> Ended:
@@ -59,34 +56,22 @@ def sft(
         for name, tokens in sources.items()
         if weights[name] > 0
     }
-    steps = settings.total(sum(rows.rows * weights[name] for name, rows in packed.items()))
-    order = {f"source {name}": sources[name].digest for name in packed}
-    batches = row_batches(packed, weights, order, length=settings.length, batch=settings.batch, steps=steps, seed=seed)
-    rule = optimizer(settings.optimizer, steps)
-    head, dtype = settings.head(config), jnp.dtype(settings.dtype)
-    loss = language_loss(config, head=head, dtype=dtype, remat=settings.remat)
-    step = make_step(loss, rule, accumulate=settings.accumulate)
-    example = stacked([next(iter(packed.values()))[0]] * settings.batch)
+    loss = language_loss(config, head=settings.head(config), dtype=jnp.dtype(settings.dtype), remat=settings.remat)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         found = held_out_loss(pupil, state.params, held_out, settings)
         return {"held_out_loss": found} if found else {}
 
-    watch = Hook(settings.evaluate_every, evaluate)
-    kept = keep_best(watch, folder, pupil.files, lambda found: found["held_out_loss"]["all"]) if held_out else watch
-    return run(
-        folder, init_state(pupil.learnt, rule, jax.random.key(seed)), batches,
-        lambda state: compiled(step, pupil, state, example, say), files=pupil.files,
-        identity=pupil.identity(seed=seed, sft=settings.decisive(), start=digest), settings=settings.loop(steps),
-        describe=describe(settings, steps, settings.batch * settings.length, shares=batches.shares),
-        before=evaluate, hooks=[kept, *hooks], report=report, say=say,
+    return tune(
+        "sft", settings, pupil, packed, {name: tokens.digest for name, tokens in sources.items()}, loss, folder,
+        weights=weights, seed=seed, start=digest, evaluate=evaluate,
+        value=(lambda found: found["held_out_loss"]["all"]) if held_out else None, report=report, say=say,
     )  # fmt: skip
 
 
 @partial(jax.jit, static_argnames=("config", "head", "dtype"))
 def _nats(learnt: Params, rest: Params | None, batch: Batch, config: Config, head: Head, dtype: Any) -> jax.Array:
-    params = learnt if rest is None else join(learnt, rest)
-    return packed_loss(params, config, batch, head, dtype=dtype)[1]
+    return packed_loss(join(learnt, rest), config, batch, head, dtype=dtype)[1]
 
 
 def held_out_loss(

@@ -65,7 +65,7 @@ def make_step(loss: Loss, rule: optax.GradientTransformation, *, accumulate: int
     def step(state: TrainState, batch: Any, rest: Params | None = None) -> tuple[TrainState, dict[str, Array]]:
         def gradient(params: Params, batch: Any, rng: Array) -> tuple[Sums, Params]:
             def total(params: Params) -> tuple[Array, Sums]:
-                sums = loss(params if rest is None else join(params, rest), batch, rng)
+                sums = loss(join(params, rest), batch, rng)
                 return sums.total, sums
 
             grads, sums = jax.grad(total, has_aux=True)(params)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gemmary.train.rollouts import Rollout, repetition
 
-__all__ = ["gamed", "watch_answers", "win_rate"]
+__all__ = ["gamed", "manner", "watch_answers", "win_rate"]
 
 Float = npt.NDArray[np.float64]
 
@@ -20,10 +20,18 @@ def watch_answers(rollouts: Sequence[Rollout], success: Float, reward: Float) ->
     return {
         "success": float(np.nanmean(success)) if not np.isnan(success).all() else None,
         "reward": float(np.nanmean(reward)) if not np.isnan(reward).all() else None,
-        "answer_tokens": float(np.mean([len(one.ids) for one in rollouts])),
-        "finished": float(np.mean([one.finished for one in rollouts])),
-        "repetition": float(np.mean([repetition(one.ids) for one in rollouts])),
+        **manner(rollouts),
         "prompts": len(rollouts),
+    }
+
+
+def manner(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What answers are like, whether right or wrong: means of their tokens, endings and repeated 4-grams; 0 of none."""
+    count = max(len(rollouts), 1)
+    return {
+        "answer_tokens": sum(len(one.ids) for one in rollouts) / count,
+        "finished": sum(one.finished for one in rollouts) / count,
+        "repetition": sum(repetition(one.ids) for one in rollouts) / count,
     }
 
 
