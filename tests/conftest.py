@@ -4,6 +4,7 @@ import io
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -18,6 +19,8 @@ with install_import_hook(["gemmary.model", "gemmary.infer", "gemmary.weights"], 
 import jax
 import pytest
 import sentencepiece
+from servers import Server, started
+from small_models import CONFIGS, values_of, write_native
 
 from gemmary.checkpoints import open_model
 from gemmary.gemma import Gemma, load
@@ -72,3 +75,18 @@ def tiny_model() -> bytes:
 @pytest.fixture(scope="session")
 def tiny(tiny_model: bytes) -> Tokenizer:
     return Tokenizer.from_sentencepiece(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, tiny: Tokenizer) -> Path:
+    """A random nano model with turns, on disk."""
+    config = CONFIGS["gemma3"].replace(context=2048)
+    return write_native(tmp_path_factory.mktemp("served") / "model", config, tiny, values_of(config))
+
+
+@pytest.fixture(scope="session")
+def server(served: Path) -> Iterator[Server]:
+    """A server of that model, shared by all tests that leave it as it was."""
+    with started(served, "--slots", "2", "--queue", "40") as running:
+        yield running
+        assert running.process.poll() is None

@@ -13,7 +13,8 @@ from gemmary.adapters import PROJECTIONS, adapt, join, merge, split
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, Params, init, unstack
 from gemmary.presets import nano
-from gemmary.weights import Int8, LoRA, dequantize, project, quantize
+from gemmary.quantization import quantize
+from gemmary.weights import Int8, LoRA, dequantize, project
 
 CONFIG = nano(1, 128).replace(num_layers=2, embed_dim=96, ffw_dim=160, num_heads=6, num_kv_heads=2, head_dim=32)
 IDS = jnp.arange(20)[None]

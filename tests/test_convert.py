@@ -18,8 +18,9 @@ from gemmary.adapters import adapt, merge
 from gemmary.checkpoints import convert, open_model, quantize_model
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, Params
+from gemmary.quantization import quantize_weight
 from gemmary.text import Tokenizer
-from gemmary.weights import Int4, Int8, LoRA, dequantize, quantize_weight
+from gemmary.weights import Int4, Int8, LoRA, dequantize
 
 Made = dict[str, tuple[Path, dict[tuple[str, int], np.ndarray]]]
 

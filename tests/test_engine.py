@@ -98,7 +98,7 @@ def test_stacked_parameters_are_unstacked() -> None:
 def test_what_is_refused() -> None:
     spec, _, engine = _engine("gemma2")
     for prompts, options, message in (
-        ([], {}, "0 prompts"),
+        ([], {}, "there is no prompt"),
         ([[]], {}, "no tokens"),
         ([[spec.vocab]], {}, f"from 0 to {spec.vocab - 1}"),
         ([[-1]], {}, "from 0 to"),

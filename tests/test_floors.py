@@ -15,13 +15,14 @@ SOURCE = Path(gemmary.__file__).parent
 FLOORS = [
     ["errors"],
     ["config", "presets"],
-    ["mesh", "params", "kernels", "weights", "adapters"],
+    ["mesh", "params", "kernels", "weights", "quantization", "adapters"],
     ["model", "text"],
     ["checkpoints", "data"],
     ["infer"],
     ["train"],
     ["evaluate"],
     ["gemma", "inspect", "chat"],
+    ["serve"],
     [
         "recipe",
         "stages",
@@ -37,8 +38,9 @@ FLOORS = [
     ["cli"],
 ]
 ROOMS = {
-    "model": ["rope", "attention", "cache", "transformer"],
-    "text": ["vocabulary", "writers", "tokenizer", "dialogue", "training"],
+    "kernels": ["library", "attention", "choice", "products"],
+    "model": ["rope", "attention", "cache", "pages", "transformer"],
+    "text": ["vocabulary", "writers", "tokenizer", "answers", "dialogue", "training"],
     "checkpoints": [
         "names", "checkpoint", "manifest", "safetensors_file", "gguf_file", "torch_file", "orbax_file", "native", "huggingface",
         "peft", "gguf", "google", "adapted", "convert", "open",
@@ -48,16 +50,20 @@ ROOMS = {
         "decontamination", "duplicates", "recitation", "curation_settings", "curation_report", "curation_steps", "executors",
         "curate", "library_facts", "lessons", "conversations", "instructions", "tokens", "packing", "turns", "mixture", "batches",
     ],
-    "infer": ["sampling", "engine"],
+    "infer": ["sampling", "engine", "memory", "steps", "batching"],
     "train": [
         "memory", "flops", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "loop", "run", "pretrain", "finetune",
         "sft", "reward", "rollouts", "rewards", "watching", "rlhf", "dpo",
     ],
     "evaluate": ["harness", "assertions", "sandbox", "tasks"],
+    "serve": [
+        "protocol", "settings", "metrics", "guards", "connection", "grammar", "replies", "asking", "completions", "app", "run", "door",
+    ],
 }  # fmt: skip
 # Doors of the package and of its rooms: they gather names and have no place of their own.
 GATHERING = {
     "gemmary",
+    "gemmary.kernels",
     "gemmary.model",
     "gemmary.text",
     "gemmary.checkpoints",
@@ -65,6 +71,7 @@ GATHERING = {
     "gemmary.data",
     "gemmary.train",
     "gemmary.evaluate",
+    "gemmary.serve",
 }
 
 

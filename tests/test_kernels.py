@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from gemmary import kernels
-from gemmary.model.attention import Marks, attend_among, attend_directly
+from gemmary.model.attention import Marks, attend, attend_among, attend_directly
+from gemmary.model.cache import LayerCache, write
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parent / "src" / "gemmary" / "kernels" / "native"
@@ -100,7 +103,7 @@ def test_few_rows_times_a_matrix(rows: int, turned: bool, dtype: object) -> None
         assert kernels.serves_rows(rows, dtype)
         x, d = (jnp.asarray(rng.standard_normal((rows, side)), jnp.float32) for side in (k, n))
         w = jnp.asarray(rng.standard_normal((n, k) if turned else (k, n)), dtype)
-        out, gradient = jax.vjp(lambda x, w, turned=turned: kernels.few_rows(x, w, turned), x, w)
+        out, gradient = jax.vjp(lambda x, w, turned=turned: kernels.products(x, [kernels.Factor(w, turned)])[0], x, w)
         matrix = np.asarray(w, np.float64).T if turned else np.asarray(w, np.float64)
         np.testing.assert_allclose(out, np.asarray(x, np.float64) @ matrix, atol=2e-5 * k**0.5)
         dx, dw = gradient(d)
@@ -110,7 +113,98 @@ def test_few_rows_times_a_matrix(rows: int, turned: bool, dtype: object) -> None
             np.asarray(dw, np.float32), wanted, atol=1e-4, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5
         )
     assert not kernels.serves_rows(9, dtype)
-    assert not kernels.serves_rows(rows, jnp.int8)
+    assert not kernels.serves_rows(rows, jnp.int16)
+
+
+def blocks(rng: np.random.Generator, kind: str, n: int, k: int) -> np.ndarray:
+    """Random blocks with scales of a moderate size; what they mean, ggml's own package says."""
+    values, size = kernels.BLOCKS[kind]
+    packed = rng.integers(0, 256, (n, k // values, size), dtype=np.uint8)
+    scales = (rng.standard_normal((n, k // values, 2)) * 0.01).astype(np.float16).view(np.uint8)
+    if kind == "Q6_K":
+        packed[..., 208:] = scales[..., :2]
+    else:
+        packed[..., :2] = scales[..., :2]
+    if kind in ("Q4_K", "Q5_K"):
+        packed[..., 2:4] = scales[..., 2:]
+    return packed.reshape(n, -1)
+
+
+@pytest.mark.parametrize("kind", kernels.BLOCKS)
+def test_blocks_are_what_ggml_says_and_multiply_so(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    for n, k in ((1, 256), (33, 512), (70, 768), (100, 2048)):
+        packed = blocks(rng, kind, n, k)
+        matrix = dequantize(packed, GGMLQuantizationType[kind])
+        rows = jnp.asarray([0, n - 1, n // 2])
+        np.testing.assert_allclose(
+            kernels.lookup(rows, jnp.asarray(packed), kind, k), matrix[rows], rtol=1e-6, atol=1e-6
+        )
+        for m in (1, 2, 5, 16, 17, 100, 600):
+            x = rng.standard_normal((m, k)).astype(np.float32)
+            factor = kernels.Factor(jnp.asarray(packed), True, kind)
+            out = np.asarray(kernels.products(jnp.asarray(x), [factor])[0])
+            size = (np.abs(x) @ np.abs(matrix.T)).max()
+            assert np.abs(out - x.astype(np.float64) @ matrix.T.astype(np.float64)).max() < 1e-6 * size
+            both = kernels.products(jnp.asarray(x), [factor, factor], gated=True)[0]
+            assert jnp.abs(both - jax.nn.gelu(out, approximate=True) * out).max() < 1e-5 * max(
+                1, np.abs(out).max() ** 2
+            )
+
+
+def test_a_row_of_blocks_comes_to_the_same_beside_others() -> None:
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((16, 512)), jnp.float32)
+    factor = kernels.Factor(jnp.asarray(blocks(rng, "Q5_0", 50, 512)), True, "Q5_0")
+    whole = kernels.products(x, [factor])[0]
+    for rows in (1, 2, 3, 7, 8):
+        assert bool((kernels.products(x[:rows], [factor])[0] == whole[:rows]).all())
+
+
+def test_quantized_weights_have_no_gradient_and_say_so() -> None:
+    factor = kernels.Factor(jnp.asarray(blocks(np.random.default_rng(0), "Q8_0", 4, 32)), True, "Q8_0")
+    with pytest.raises(TypeError, match="no gradient: dequantize the weights to train them"):
+        jax.grad(lambda x: kernels.products(x, [factor])[0].sum())(jnp.ones((1, 32)))
+
+
+def test_a_row_that_there_is_not_is_no_number() -> None:
+    packed = jnp.asarray(blocks(np.random.default_rng(0), "Q4_0", 4, 32))
+    found = kernels.lookup(jnp.asarray([3, 4, -1]), packed, "Q4_0", 32)
+    assert jnp.isnan(found).all(axis=1).tolist() == [False, True, True]
+
+
+CACHES = [  # B, T, N, K, H, slots, window, softcap
+    (1, 1, 4, 1, 64, 512, None, None), (3, 1, 4, 2, 24, 100, None, 5.0), (2, 3, 4, 4, 64, 37, 20, None),
+    (2, 5, 6, 2, 8, 300, 100, 50.0), (4, 16, 2, 2, 16, 80, 33, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("B", "T", "N", "K", "H", "S", "window", "softcap"), CACHES)
+def test_attention_to_a_cache_is_that_of_plain_jax(B, T, N, K, H, S, window, softcap) -> None:  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(S)
+    q, k, v = (jnp.asarray(rng.standard_normal((B, T, n, H)) * H**-0.25, jnp.float32) for n in (N, K, K))
+    keys, values = (jnp.asarray(rng.standard_normal((B, K, S, H)) * H**-0.25, jnp.float32) for _ in range(2))
+    start = np.array([S - T - 3 if row == 0 else S // 2 for row in range(B)])
+    held = jnp.asarray(np.where(np.arange(S) < start[:, None], np.arange(S), -1), jnp.int32)
+    positions = np.asarray(start[:, None] + np.arange(T), np.int32)
+    positions[-1, T // 2 + 1 :] = -1
+    marks = Marks(jnp.asarray(positions))
+    written = write(LayerCache(keys, values, held), k, v, marks.positions)
+    wanted = attend(q, written.k, written.v, marks, Marks(written.positions), window=window, softcap=softcap)
+    wanted = jnp.where((marks.positions >= 0)[..., None, None], wanted, 0)
+    out, cache = LayerCache(keys, values, held).attend(q, k, v, marks, first=False, window=window, softcap=softcap)
+    assert float(jnp.abs(out - wanted).max()) < 1e-5
+    for mine, other in zip(jax.tree.leaves(cache), jax.tree.leaves(written), strict=True):
+        assert bool((mine == other).all())
+
+
+def test_the_highest_and_their_log_sum() -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 30_000)).round(2), jnp.float32)  # many are equal
+    ids, values, total = kernels.choose(x, 29_000, 20)
+    wanted, places = jax.lax.top_k(x[:, :29_000], 20)
+    assert bool((ids == places).all())
+    assert bool((values == wanted).all())
+    np.testing.assert_allclose(total, jax.nn.logsumexp(x, axis=1), rtol=1e-6)
 
 
 def test_the_narrower_instructions_give_the_same() -> None:
@@ -118,12 +212,13 @@ def test_the_narrower_instructions_give_the_same() -> None:
     if kernels.instructions() != "avx512":
         assert kernels.instructions() in ("avx2", "native")  # the only one here, tested above
         return
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "plain_jax or overflow or no_number or few_rows"]
+    chosen = "plain_jax or overflow or no_number or few_rows or blocks or highest"
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", chosen]
     done = subprocess.run(
         command, env=os.environ | {"GEMMARY_INSTRUCTIONS": "avx2"}, capture_output=True, text=True, cwd=HERE.parent
     )
     assert done.returncode == 0, done.stdout
-    assert f"{len(CASES) + 22} passed" in done.stdout
+    assert f"{len(CASES) + len(CACHES) + len(kernels.BLOCKS) + 25} passed" in done.stdout
     probe = "from gemmary import kernels; print(kernels.instructions())"
     said = subprocess.run(
         [sys.executable, "-c", probe], env=os.environ | {"GEMMARY_INSTRUCTIONS": "avx2"}, capture_output=True, text=True
@@ -131,20 +226,22 @@ def test_the_narrower_instructions_give_the_same() -> None:
     assert said.stdout.strip() == "avx2"
 
 
-def test_nothing_is_read_or_written_outside(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("check", "says"), [("attention", "60 shapes"), ("decoding", "240 shapes")])
+def test_nothing_is_read_or_written_outside(check: str, says: str, tmp_path: Path) -> None:
     """The kernels as a program of their own, under the address and undefined-behaviour sanitizers."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     assert compiler, "the kernels are built with a C++ compiler; so is this test"
-    program = tmp_path / "check"
+    program = tmp_path / "program"
     name = kernels.instructions() or "native"
-    flags = {"avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], "avx2": ["-mavx2", "-mfma"]}
+    narrow = ["-mavx2", "-mfma", "-mf16c"]
+    flags = {"avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"], "avx2": narrow}
     command = [
         compiler, "-std=gnu++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi",
         *flags.get(name, []), f"-DGEMMARY_KERNELS={name}_kernels", f'-DGEMMARY_NAME="{name}"', f"-I{NATIVE}",
-        str(NATIVE / "kernels.cc"), str(HERE / "native" / "check.cc"), "-o", str(program), "-pthread",
+        str(NATIVE / "kernels.cc"), str(HERE / "native" / f"check_{check}.cc"), "-o", str(program), "-pthread",
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-2000:]
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "60 shapes" in done.stdout
+    assert says in done.stdout

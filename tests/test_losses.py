@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from gemmary.quantization import quantize_weight
 from gemmary.train.losses import Head, chunk_size, next_token_loss, token_log_probs
-from gemmary.weights import Int8, dequantize, quantize_weight
+from gemmary.weights import Int8, dequantize
 
 B, T, D, V = 3, 13, 8, 29
 

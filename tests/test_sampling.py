@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemmary.errors import GemmaryError
-from gemmary.infer.sampling import Sampling, rows_of, sample
+from gemmary.infer.sampling import Rows, Sampling, recorded, rows_of, sample, seen_in
 
 LOGITS = np.random.default_rng(0).normal(size=300).astype(np.float32) * 3
 
@@ -19,10 +19,13 @@ def _draw(logits: np.ndarray, setting: Sampling, count: int, num_tokens: int = 1
     marks = np.zeros((count, size), bool)
     marks[:, list(seen)] = True  # type: ignore[call-overload]
     wide = jnp.broadcast_to(jnp.asarray(logits), (count, size))
-    ids, _ = jax.jit(sample, static_argnums=4)(
-        wide, rows_of([setting] * count), jnp.asarray(marks), jnp.arange(count, dtype=jnp.int32), num_tokens
-    )
-    return np.asarray(ids)
+    history = jnp.asarray(marks.astype(np.int32))
+
+    @jax.jit
+    def draw(logits: jax.Array, rows: Rows) -> jax.Array:
+        return sample(logits, rows, lambda: history, jnp.arange(count, dtype=jnp.int32), num_tokens).ids
+
+    return np.asarray(draw(wide, rows_of([setting] * count)))
 
 
 def _expected(logits: np.ndarray, setting: Sampling) -> np.ndarray:
@@ -82,7 +85,7 @@ def test_neighbours_do_not_change_a_row() -> None:
     alone = _draw(LOGITS, Sampling(1.0, seed=3), 1)[0]
     rows = rows_of([Sampling(1.0, seed=3), Sampling(0.0), Sampling(2.0, top_k=3, top_p=0.5, seed=9)])
     wide = jnp.broadcast_to(jnp.asarray(LOGITS), (3, 300))
-    ids, _ = sample(wide, rows, jnp.zeros((3, 300), bool), jnp.zeros(3, jnp.int32), 300)
+    ids = sample(wide, rows, lambda: jnp.zeros((3, 300), jnp.int32), jnp.zeros(3, jnp.int32), 300).ids
     assert int(ids[0]) == alone
     assert int(ids[1]) == LOGITS.argmax()
 
@@ -103,8 +106,47 @@ def test_the_repetition_penalty_holds_down_what_was_seen() -> None:
 
 def test_log_probs_are_the_models_own() -> None:
     rows = rows_of([Sampling(0.3, top_k=2, repetition_penalty=2.0)])
-    _, log_probs = sample(jnp.asarray(LOGITS)[None], rows, jnp.ones((1, 300), bool), jnp.zeros(1, jnp.int32), 300)
-    np.testing.assert_allclose(log_probs[0], jax.nn.log_softmax(jnp.asarray(LOGITS)), atol=1e-5)
+    seen = jnp.ones((1, 300), jnp.int32)
+    drawn = sample(jnp.asarray(LOGITS)[None], rows, lambda: seen, jnp.zeros(1, jnp.int32), 300, top=5)
+    wanted = jax.nn.log_softmax(jnp.asarray(LOGITS))
+    np.testing.assert_allclose(drawn.logprobs[0], wanted[drawn.ids[0]], atol=1e-5)
+    np.testing.assert_allclose(drawn.top_logprobs[0], np.sort(wanted)[::-1][:5], atol=1e-5)
+    assert drawn.top_ids[0].tolist() == np.argsort(-wanted)[:5].tolist()
+
+
+def test_penalties_count_what_was_drawn_and_not_the_prompt() -> None:
+    """OpenAI's two: one for being there, one for each time; the repetition penalty also counts the prompt."""
+    logits = np.array([2.0, 1.7, 1.0, 0.0], np.float32)
+    history = jnp.asarray(seen_in([1, 3], 4))[None]
+    for token in (0, 0, 2):
+        history = recorded(history, jnp.asarray([token]))
+
+    def greedy(**penalties: float) -> int:
+        rows = rows_of([Sampling(**penalties)])
+        return int(sample(jnp.asarray(logits)[None], rows, lambda: history, jnp.zeros(1, jnp.int32), 4).ids[0])
+
+    assert greedy() == 0
+    assert greedy(presence_penalty=0.2) == 0
+    assert greedy(presence_penalty=0.4) == 1  # the prompt's 1 is not held down
+    assert greedy(frequency_penalty=0.1) == 0
+    assert greedy(frequency_penalty=0.2) == 1  # twice 0.2
+    assert greedy(repetition_penalty=3.0) == 0  # 2/3, 1.7/3, 1/3, 0
+
+
+def test_a_bias_bans_and_forces() -> None:
+    bias = np.zeros((1, 300), np.float32)
+    bias[0, LOGITS.argmax()] = -np.inf
+    nothing = jnp.zeros((1, 300), jnp.int32)
+    for setting in (Sampling(), Sampling(1.0, seed=4)):
+        rows = rows_of([setting])
+        drawn = sample(
+            jnp.asarray(LOGITS)[None], rows, lambda: nothing, jnp.zeros(1, jnp.int32), 300, bias=jnp.asarray(bias)
+        )
+        assert int(drawn.ids[0]) != LOGITS.argmax()
+        forced = jnp.asarray(np.where(np.arange(300) == 7, 0, -np.inf)[None], jnp.float32)
+        drawn = sample(jnp.asarray(LOGITS)[None], rows, lambda: nothing, jnp.zeros(1, jnp.int32), 300, bias=forced)
+        assert int(drawn.ids[0]) == 7
+        np.testing.assert_allclose(drawn.logprobs[0], jax.nn.log_softmax(jnp.asarray(LOGITS))[7], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,14 @@ from gemmary.data.turns import lay_out
 from gemmary.errors import GemmaryError
 from gemmary.model.transformer import forward
 from gemmary.params import Params
+from gemmary.quantization import quantize
 from gemmary.train.finetune import LoraSettings, TuneSettings, learner
 from gemmary.train.losses import Head
 from gemmary.train.objectives import language_loss
 from gemmary.train.run import Ended
 from gemmary.train.saving import AdapterFiles
 from gemmary.train.sft import held_out_loss, sft
-from gemmary.weights import Int8, dequantize, quantize
+from gemmary.weights import Int8, dequantize
 
 ALL = [(f"paint {thing} {colour}", f"{colour} {thing}") for colour in COLOURS for thing in THINGS]
 UNSEEN = ALL[::7]

@@ -15,11 +15,12 @@ from gemmary.model.attention import Marks
 from gemmary.model.transformer import forward
 from gemmary.params import Params, init, shardings, unstack
 from gemmary.presets import nano
+from gemmary.quantization import quantize
 from gemmary.train.losses import Head
 from gemmary.train.objectives import language_loss
 from gemmary.train.optimizer import OptimizerSettings, optimizer
 from gemmary.train.step import TrainState, init_state, make_step
-from gemmary.weights import LoRA, quantize
+from gemmary.weights import LoRA
 
 CONFIG = nano(2, 96, 3).replace(embed_dim=64)
 B, T = 8, 24

@@ -10,7 +10,8 @@ import pytest
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, Params, init
 from gemmary.presets import PRESETS
-from gemmary.weights import Int4, Int8, dequantize, lookup, project, quantize, quantize_weight
+from gemmary.quantization import quantize, quantize_weight
+from gemmary.weights import Int4, Int8, dequantize, lookup, project
 
 CONFIG = PRESETS["nano"].config.replace(num_layers=2, embed_dim=96, ffw_dim=160, num_heads=6, num_kv_heads=2)
 # Each row of the table that is multiplied with: its equation, and the shape of the activations.

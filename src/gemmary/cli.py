@@ -31,6 +31,7 @@ from gemmary.inspect import Inspection, inspect_checkpoint, inspect_preset
 from gemmary.presets import PRESETS, preset
 from gemmary.recipe import load_recipe
 from gemmary.report import report
+from gemmary.serve.door import add_serve
 from gemmary.watch import Watch, summary
 from gemmary.whole import STAGES, Whole
 
@@ -133,7 +134,7 @@ def generate_(
     hub: Hub = False,
 ) -> None:
     """Continue a text."""
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
     text = sys.stdin.read() if prompt == "-" else prompt
     gemma = _load(model, dtype, hub)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or []}
@@ -162,8 +163,11 @@ def chat_(
     hub: Hub = False,
 ) -> None:
     """Converse with a model. /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer."""
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
     converse(_load(model, dtype, hub), sampling, max_new_tokens)
+
+
+add_serve(app, lambda: _keep_compiled())  # defined below
 
 
 def _lived(verb: str, what: str) -> None:

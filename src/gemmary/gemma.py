@@ -21,8 +21,9 @@ from gemmary.errors import GemmaryError
 from gemmary.infer.engine import Engine, Token
 from gemmary.infer.sampling import GREEDY, Sampling
 from gemmary.params import Params, layered_names
+from gemmary.text.answers import Answer
 from gemmary.text.dialogue import encode_dialogue
-from gemmary.text.tokenizer import Decoder, Tokenizer
+from gemmary.text.tokenizer import Tokenizer
 
 __all__ = ["Completion", "Gemma", "Piece", "Timing", "load"]
 
@@ -117,30 +118,22 @@ class Gemma:
 
         Text that might begin a stop string is held back until it is known not to. Raises GemmaryError as the engine does.
         """
-        if any(not text for text in stop):
-            raise GemmaryError("a stop string is empty")
+        answer = Answer(self.tokenizer, stop)
         if max_new_tokens < 1:
             raise GemmaryError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        decoder, held, stop_ids = Decoder(self.tokenizer), "", self.tokenizer.stop_ids
         steps = self.engine.generate(
             [self.prompt_ids(prompt)],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop_ids=stop_ids,
+            stop_ids=self.tokenizer.stop_ids,
             top_logprobs=top_logprobs,
         )
         for (token,) in steps:
-            held += "" if token.id in stop_ids else decoder.push(token.id)
-            if token.finish:
-                held += decoder.finish()
-            end, safe = _cut(held, stop)
-            if end is not None:
-                yield Piece(held[:end], token._replace(finish="stop"))
+            text = answer.push(token.id, last=token.finish is not None)
+            if answer.stopped:
+                yield Piece(text, token._replace(finish="stop"))
                 return
-            if token.finish:
-                safe = len(held)
-            yield Piece(held[:safe], token)
-            held = held[safe:]
+            yield Piece(text, token)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """A text's ids behind one BOS; ids are taken as they are."""
@@ -154,17 +147,6 @@ class Gemma:
             raise GemmaryError("this model's vocabulary has no turns: it cannot chat, but it can generate")
         dialogue = encode_dialogue(self.tokenizer, messages, generation=self.config.generation, open_turn=True)
         return list(dialogue.ids)
-
-
-def _cut(text: str, stops: Sequence[str]) -> tuple[int | None, int]:
-    """Where the first stop string begins, if one is there; and how much of the text cannot be the beginning of one."""
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    if found:
-        return min(found), min(found)
-    for start in range(max(len(text) - max(map(len, stops), default=0) + 1, 0), len(text)):
-        if any(stop.startswith(text[start:]) for stop in stops):
-            return None, start
-    return None, len(text)
 
 
 def load(
@@ -199,6 +181,6 @@ def load(
             on_progress(done, total)
 
         total = len(layered_names(config))
-        params = checkpoint.params(jnp.dtype(chosen), tick)
+        params = checkpoint.params(jnp.dtype(chosen), tick, to_run=True)
     engine = Engine(params, config, jnp.dtype(chosen), min(config.num_tokens, tokenizer.size))
     return Gemma(config, params, tokenizer, engine)

@@ -1,7 +1,7 @@
 """Weights that act like matrices: a plain array, or a leaf that stands for one.
 
-`LoRA`, `Int8` and `Int4` are pytrees, so a model adapted or quantized is the same dict with other leaves, and the
-transformer never asks which it holds: it calls `project` and `lookup`. The equations of a LoRA's two factors and the
+`LoRA`, `Int8`, `Int4` and `Blocks` are pytrees, so a model adapted or quantized is the same dict with other leaves, and the
+transformer never asks which it holds: it calls `project`, `lookup` and their kin. The equations of a LoRA's two factors and the
 place of a scale in the output follow from the equation of the product itself.
 
 Letters in the equations are the house's legend (see `gemmary.__doc__`).
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemmary import kernels
-from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, Params, Spec
 
 __all__ = [
     "INT4_GROUP",
+    "Blocks",
     "Int4",
     "Int8",
     "LoRA",
     "Weight",
     "dequantize",
+    "gated",
     "lookup",
     "map_rows",
     "project",
-    "quantize",
-    "quantize_weight",
+    "project_all",
     "weight_shape",
 ]
 
@@ -77,6 +77,20 @@ class Int4:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Blocks:
+    """A weight as a GGUF keeps it, for the CPU kernels: `data` uint8 [outputs, bytes], each output's values in blocks of `kind`.
+
+    `shape` is that of the array it stands for; the axes that a product sums over lead in it, or else trail.
+    """
+
+    data: _Leaf
+    kind: str = field(metadata={"static": True})
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    leads: bool = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LoRA:
     """A weight plus a low-rank update (Hu et al., arXiv 2106.09685): base + scale * a b.
 
@@ -90,7 +104,7 @@ class LoRA:
     scale: float = field(metadata={"static": True})
 
 
-Weight = Array | np.ndarray | Int8 | Int4 | LoRA
+Weight = Array | np.ndarray | Int8 | Int4 | Blocks | LoRA
 """A weight of one row: on the device, or (as a checkpoint gives it) on the host."""
 
 
@@ -111,9 +125,77 @@ def project(equation: str, x: Float[Array, ...], w: Weight, *, dtype: Any = None
         kept = "".join(c for c in output if c in w_axes)
         scale = jnp.einsum(f"{w_axes}->{kept}", w.scale)
         return (_contract(equation, x, w.values, jnp.float32) * scale).astype(dtype)
+    if isinstance(w, Blocks):
+        return _in_kernel([equation], x, [w])[0].astype(dtype)
     if isinstance(w, Int4):
         w = dequantize(w, x.dtype)
     return _contract(equation, x, w, dtype)
+
+
+def project_all(equations: Sequence[str], x: Float[Array, ...], weights: Sequence[Weight]) -> list[Float[Array, ...]]:
+    """`project` of the same activations by several weights: in one call of the CPU kernel where it serves all."""
+    if all(_served(x, equation, w) for equation, w in zip(equations, weights, strict=True)):
+        return [out.astype(x.dtype) for out in _in_kernel(equations, x, weights)]
+    return [project(equation, x, w) for equation, w in zip(equations, weights, strict=True)]
+
+
+def gated(equation: str, x: Float[Array, ...], gate: Weight, up: Weight) -> Float[Array, ...] | None:
+    """gelu(x gate) * (x up), the approximation with tanh, where the CPU kernel makes it at once; else None."""
+    if not isinstance(gate, Blocks) or not isinstance(up, Blocks):
+        return None
+    sides = _sides(equation, x, gate.shape)
+    flat = x.reshape(-1, sides.size)
+    factors = [kernels.Factor(jnp.asarray(w.data), True, w.kind) for w in (gate, up)]
+    return kernels.products(flat, factors, gated=True)[0].reshape(*sides.rows, *sides.kept).astype(x.dtype)
+
+
+class _Sides(NamedTuple):
+    """A product as one of two matrices: shapes of what stays of x and of w, and how many values are summed over."""
+
+    rows: tuple[int, ...]
+    size: int
+    kept: tuple[int, ...]
+    leads: bool
+    """Whether the axes summed over lead in w; else they trail."""
+
+
+def _sides(equation: str, x: Array, shape: tuple[int, ...]) -> _Sides:
+    inputs, output = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+    read = [c for c in w_axes if c not in output]
+    rows, leads = x.shape[: len(x_axes) - len(read)], w_axes.startswith("".join(read))
+    assert x_axes.endswith("".join(read)), equation
+    assert output == x_axes[: len(rows)] + "".join(c for c in w_axes if c not in read), equation
+    kept = shape[len(read) :] if leads else shape[: -len(read)]
+    return _Sides(rows, math.prod(x.shape[len(rows) :]), kept, leads)
+
+
+def _compute_dtype(x: Array) -> Any:
+    """What a product is made in: on a CPU XLA multiplies bf16 in scalar loops, so it is widened first."""
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16 else x.dtype
+
+
+def _served(x: Array, equation: str, w: Weight) -> bool:
+    """Whether `_in_kernel` takes it."""
+    if isinstance(w, Blocks):
+        return True
+    if isinstance(w, (LoRA, Int8, Int4)):
+        return False
+    rows = math.prod(_sides(equation, x, w.shape).rows)
+    return kernels.serves_rows(rows, w.dtype) and _compute_dtype(x) == jnp.float32
+
+
+def _in_kernel(equations: Sequence[str], x: Array, weights: Sequence[Any]) -> list[Array]:
+    """Products of arrays and `Blocks` in the CPU kernel, in fp32."""
+    factors, sides = [], [_sides(equation, x, tuple(w.shape)) for equation, w in zip(equations, weights, strict=True)]
+    size = sides[0].size
+    for w, side in zip(weights, sides, strict=True):
+        assert not isinstance(w, Blocks) or w.leads == side.leads
+        flat = w.data if isinstance(w, Blocks) else w.reshape((size, -1) if side.leads else (-1, size))
+        block = isinstance(w, Blocks)
+        factors.append(kernels.Factor(jnp.asarray(flat), block or not side.leads, w.kind if block else None))
+    found = kernels.products(x.reshape(-1, size).astype(jnp.float32), factors)
+    return [out.reshape(*side.rows, *side.kept) for out, side in zip(found, sides, strict=True)]
 
 
 def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Array:
@@ -123,20 +205,11 @@ def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Arr
     slower over several axes than over the same ones folded. It also multiplies bf16 and int8 in scalar loops there; both
     sides are widened to fp32 first.
     """
-    inputs, output = equation.split("->")
-    x_axes, w_axes = inputs.split(",")
-    read = [c for c in w_axes if c not in output]
-    rows, leads = x.shape[: len(x_axes) - len(read)], w_axes.startswith("".join(read))
-    size = math.prod(x.shape[len(rows) :])
-    kept = w.shape[len(read) :] if leads else w.shape[: -len(read)]
-    assert x_axes.endswith("".join(read)), equation
-    assert output == x_axes[: len(rows)] + "".join(c for c in w_axes if c not in read), equation
-    compute = x.dtype
-    if jax.default_backend() == "cpu" and compute == jnp.bfloat16:
-        compute = jnp.dtype(jnp.float32)
+    if _served(x, equation, w):
+        return _in_kernel([equation], x, [w])[0].astype(dtype)
+    rows, size, kept, leads = _sides(equation, x, w.shape)
+    compute = _compute_dtype(x)
     x, w = x.reshape(-1, size).astype(compute), w.reshape((size, -1) if leads else (-1, size))
-    if kernels.serves_rows(len(x), w.dtype) and compute == jnp.float32:
-        return kernels.few_rows(x, jnp.asarray(w), not leads).reshape(*rows, *kept).astype(dtype)
     w, wide = w.astype(compute), jnp.promote_types(dtype, compute)
     product = _one_row(x, w, leads, wide) if len(x) == 1 else None
     if product is None:
@@ -170,11 +243,17 @@ def lookup(ids: Int[Array, ...], w: Weight, dtype: Any) -> Float[Array, "... D"]
         return (jnp.asarray(w.values[ids], jnp.float32) * w.scale[ids]).astype(dtype)
     if isinstance(w, Int4):
         return dequantize(Int4(w.packed[ids], w.scale[ids], w.axis), dtype)
+    if isinstance(w, Blocks):
+        return kernels.lookup(ids, jnp.asarray(w.data), w.kind, w.shape[-1]).astype(dtype)
     return jnp.asarray(w)[ids].astype(dtype)
 
 
-def dequantize(w: Array | np.ndarray | Int8 | Int4, dtype: Any = jnp.float32) -> Float[Array, ...]:
+def dequantize(w: Array | np.ndarray | Int8 | Int4 | Blocks, dtype: Any = jnp.float32) -> Float[Array, ...]:
     """The array that a weight stands for (for a LoRA, see `adapters.merge`)."""
+    if isinstance(w, Blocks):
+        outputs = w.data.shape[0]
+        rows = kernels.lookup(jnp.arange(outputs), jnp.asarray(w.data), w.kind, math.prod(w.shape) // outputs)
+        return (rows.T if w.leads else rows).reshape(w.shape).astype(dtype)
     if isinstance(w, Int8):
         return (jnp.asarray(w.values, jnp.float32) * w.scale).astype(dtype)
     if isinstance(w, Int4):
@@ -187,46 +266,12 @@ def dequantize(w: Array | np.ndarray | Int8 | Int4, dtype: Any = jnp.float32) ->
     return jnp.asarray(w, dtype)
 
 
-def quantize_weight(name: str, w: Array, bits: int) -> Int8 | Int4:
-    """One array as `Int8` or `Int4`, along the axes that row `name` reads. Raises GemmaryError where groups do not fit."""
-    axes = TABLE[name].read_axes()
-    w = w.astype(jnp.float32)
-    if bits == 8:
-        peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
-        scale = jnp.where(peak > 0, peak / 127, 1.0)
-        return Int8(jnp.round(w / scale).astype(jnp.int8), scale)
-    if w.shape[axes[-1]] % INT4_GROUP:
-        raise GemmaryError(
-            f"{name}: its input of {w.shape[axes[-1]]} values does not divide into groups of {INT4_GROUP}; use 8 bits"
-        )
-    grouped = jnp.moveaxis(w, axes[-1], -1)
-    grouped = grouped.reshape(*grouped.shape[:-1], -1, INT4_GROUP)
-    # The value of largest magnitude, sign kept, lands on -8: the one level that has no opposite.
-    extreme = jnp.take_along_axis(grouped, jnp.argmax(jnp.abs(grouped), axis=-1, keepdims=True), axis=-1)
-    scale = (extreme / -8).astype(jnp.float16)
-    safe = jnp.where(scale == 0, 1, scale).astype(jnp.float32)
-    nibbles = jnp.clip(jnp.round(grouped / safe) + 8, 0, 15).astype(jnp.uint8)
-    packed = nibbles[..., : INT4_GROUP // 2] | nibbles[..., INT4_GROUP // 2 :] << 4
-    packed = packed.reshape(*packed.shape[:-2], -1)
-    return Int4(jnp.moveaxis(packed, -1, axes[-1]), jnp.moveaxis(scale[..., 0], -1, axes[-1]), axes[-1])
-
-
-def quantize(params: Params, bits: int) -> Params:
-    """Every matrix as Int8 or Int4; norms stay. At four bits the embedding keeps eight: it is also the output.
-
-    Raises GemmaryError for other widths, or where an axis does not divide into groups.
-    """
-    if bits not in (4, 8):
-        raise GemmaryError(f"weights can be quantized to 8 or 4 bits, not {bits}")
-    return map_rows(
-        params, lambda name, w: quantize_weight(name, w, 8 if name == "embed" else bits), lambda s: bool(s.reads)
-    )
-
-
 def weight_shape(w: Weight) -> tuple[int, ...]:
     """The shape of the array that a weight stands for."""
     if isinstance(w, Int8):
         return tuple(w.values.shape)
+    if isinstance(w, Blocks):
+        return w.shape
     if isinstance(w, Int4):
         shape = list(w.packed.shape)
         shape[w.axis] *= 2

@@ -19,6 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--peers", metavar="PYTHON", help="the Python of an environment with transformers, torch and llama-cpp-python"
     )
     parser.addoption("--kills", type=int, default=500, help="how often training is killed; 500 takes half an hour")
+    parser.addoption("--malformed", type=int, default=10_000, help="how many malformed requests the server gets")
+    parser.addoption("--company", type=int, default=10_000, help="how many requests are answered among others")
+    parser.addoption("--disconnects", type=int, default=5000, help="how often its clients leave")
+    parser.addoption("--overload-seconds", type=float, default=600, help="how long it has too many clients")
     parser.addoption(
         "--data", type=Path, metavar="PATH", help="a folder with documents/ and hub/, as test_curation_release.py says"
     )

@@ -30,7 +30,14 @@ class AdaptedCheckpoint(Checkpoint):
     def weight(self, name: str, layer: int = 0) -> Any:
         if name in self._adapter.extra:
             return self._adapter.extra[name]
-        weight = self._base.weight(name, layer)
+        return self._adapted(name, layer, self._base.weight(name, layer))
+
+    def packed(self, name: str, layer: int = 0) -> Any:
+        if name in self._adapter.extra:
+            return self._adapter.extra[name]
+        return self._adapted(name, layer, self._base.packed(name, layer))
+
+    def _adapted(self, name: str, layer: int, weight: Any) -> Any:
         if name not in self._adapter.weights:
             return weight
         one = self._adapter.weights[name][layer]

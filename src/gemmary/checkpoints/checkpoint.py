@@ -23,7 +23,9 @@ import numpy as np
 from gemmary.checkpoints.names import Stored, check_names, layout, split
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
-from gemmary.params import Params, table
+from gemmary.kernels import serves_blocks
+from gemmary.params import TABLE, Params, table
+from gemmary.quantization import packed
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.weights import LoRA
 
@@ -100,14 +102,22 @@ class Checkpoint(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def params(self, dtype: Any, on_weight: Any = lambda name: None) -> Params:
+    def packed(self, name: str, layer: int = 0) -> Any:
+        """A weight as the CPU kernels read it best: in the blocks that it is stored in, where there are such."""
+        return packed(name, self.weight(name, layer))
+
+    def params(self, dtype: Any, on_weight: Any = lambda name: None, *, to_run: bool = False) -> Params:
         """All weights on the default device, unstacked, floating ones in `dtype`.
 
-        Quantized values stay as they are; scales keep their own dtype. `on_weight` is called after each.
+        Quantized values stay as they are; scales keep their own dtype. `on_weight` is called after each. Weights `to_run`
+        and not to change are left in blocks where the CPU kernels serve.
         """
 
         def place(name: str, layer: int) -> Any:
-            placed = jax.tree.map(jax.numpy.asarray, in_dtype(self.weight(name, layer), dtype))
+            weight = self.packed(name, layer) if to_run else self.weight(name, layer)
+            placed = jax.tree.map(
+                jax.numpy.asarray, in_dtype(weight, _to_keep(name, weight, dtype) if to_run else dtype)
+            )
             on_weight(name)
             return placed
 
@@ -115,6 +125,12 @@ class Checkpoint(ABC):
             name: tuple(place(name, i) for i in range(self.config.num_layers)) if spec.layered else place(name, 0)
             for name, spec in table(self.config).items()
         }
+
+
+def _to_keep(name: str, weight: Any, dtype: Any) -> Any:
+    """The dtype to run a weight in: matrices that are stored in bfloat16 stay so where the CPU kernels read them."""
+    stored = getattr(weight.base if isinstance(weight, LoRA) else weight, "dtype", None)
+    return stored if stored == jax.numpy.bfloat16 and TABLE[name].reads and serves_blocks() else dtype
 
 
 def in_dtype(weight: Any, dtype: Any) -> Any:

@@ -30,7 +30,8 @@ from gemmary.checkpoints.safetensors_file import SafetensorsWriter
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.params import TABLE, count, layered_names, shape_of
-from gemmary.weights import Int4, Int8, LoRA, dequantize, quantize_weight
+from gemmary.quantization import quantize_weight
+from gemmary.weights import Int4, Int8, LoRA, dequantize
 
 __all__ = ["DTYPES", "FORMATS", "GGUF_TYPES", "convert", "quantize_model"]
 

@@ -19,9 +19,12 @@ from gemmary.checkpoints.gguf_file import GGUFReader
 from gemmary.checkpoints.names import layout
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
+from gemmary.kernels import BLOCKS, serves_blocks
+from gemmary.params import TABLE, shape_of
 from gemmary.text.dialogue import chat_template
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.text.vocabulary import Kind
+from gemmary.weights import Blocks
 
 __all__ = ["GGUFCheckpoint", "fields_for", "open_gguf"]
 
@@ -58,6 +61,14 @@ class GGUFCheckpoint(StoredCheckpoint):
         # Norms are fp32 here whatever the model is; where that adds nothing, give back the model's own dtype.
         narrow = w.astype(self._matrix_dtype)
         return narrow if np.array_equal(narrow.astype(np.float32), w) else w
+
+    def packed(self, name: str, layer: int = 0) -> Any:
+        spec, entry = TABLE[name], self._entry(name, layer)
+        if entry.type_name not in BLOCKS or not spec.reads or not serves_blocks():
+            return super().packed(name, layer)
+        shape = shape_of(self.config, spec)[1 if spec.layered else 0 :]
+        data = self._gguf.read_blocks(self._names[self._rows[name].at(layer)])  # rows are outputs, of all our matrices
+        return Blocks(data, entry.type_name, shape, spec.read_axes()[-1] != -1)
 
     def dtype(self, name: str) -> str:
         return str(self._entry(name).type_name)

@@ -24,8 +24,7 @@ from gemmary.errors import GemmaryError
 
 __all__ = ["READ_TYPES", "WRITE_TYPES", "Entry", "GGUFReader", "GGUFWriter"]
 
-_MAGIC = b"GGUF"
-_MOST_KEYS = _MOST_TENSORS = 65536
+_MAGIC, _MOST_KEYS, _MOST_TENSORS = b"GGUF", 65536, 65536
 _MOST_STRING = 16 << 20
 _MOST_ELEMENTS = 4 << 20
 _MOST_DIMS = 4
@@ -33,8 +32,7 @@ _MOST_NAME = 256
 _MOST_BLOCK_BYTES = 64 << 20  # of a quantized tensor, dequantized at a time
 
 # Value types of metadata, by their number: struct code, or NumPy dtype for arrays of it.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_SCALARS, _STRING, _ARRAY = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}, 8, 9
 _NUMBERS = {np.dtype(code): number for number, code in _SCALARS.items()}
 
 _PLAIN: dict[str, np.dtype[Any]] = {
@@ -222,16 +220,20 @@ class GGUFReader:
             plain = np.empty(entry.shape, entry.dtype)
             self._parts.read_into(entry.start, plain.reshape(-1).view(np.uint8).data)
             return plain
-        out = np.empty(entry.shape, np.float32)
-        rows = out.reshape(-1, entry.shape[-1])
-        row_bytes = entry.nbytes // len(rows)
+        rows = np.empty((math.prod(entry.shape[:-1]), entry.shape[-1]), np.float32)
         step = max(1, _MOST_BLOCK_BYTES // (4 * entry.shape[-1]))
-        kind = GGMLQuantizationType[entry.type_name]
         for start in range(0, len(rows), step):
-            packed = np.empty((min(step, len(rows) - start), row_bytes), np.uint8)
-            self._parts.read_into(entry.start + start * row_bytes, packed.reshape(-1).data)
-            rows[start : start + step] = dequantize(packed, kind)
-        return out
+            packed = self.read_blocks(name, start, start + step)
+            rows[start : start + step] = dequantize(packed, GGMLQuantizationType[entry.type_name])
+        return rows.reshape(entry.shape)
+
+    def read_blocks(self, name: str, start: int = 0, end: int | None = None) -> np.ndarray:
+        """Rows of a quantized tensor as they are stored, uint8 [rows, bytes of a row]."""
+        entry = self.entries[name]
+        rows = math.prod(entry.shape[:-1])
+        packed = np.empty((min(end or rows, rows) - start, entry.nbytes // rows), np.uint8)
+        self._parts.read_into(entry.start + start * packed.shape[1], packed.reshape(-1).data)
+        return packed
 
     def close(self) -> None:
         self._parts.close()

@@ -19,7 +19,7 @@ import numpy as np
 
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
-from gemmary.infer.sampling import GREEDY, Rows, Sampling, rows_of, sample
+from gemmary.infer.sampling import GREEDY, Rows, Sampling, highest, recorded, rows_of, sample, seen_in
 from gemmary.model.attention import Marks
 from gemmary.model.cache import Cache, init_cache
 from gemmary.model.transformer import hidden, logits
@@ -71,14 +71,16 @@ class Engine:
         ids that the model does not have.
         """
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        self._check(prompts, max_new_tokens, settings, top_logprobs)
+        if len(settings) != len(prompts):
+            raise GemmaryError(
+                f"{len(prompts)} prompts and {len(settings)} sampling settings: give one for each, or one"
+            )
+        self.check(prompts, max_new_tokens, top_logprobs)
         lengths = np.array([len(prompt) for prompt in prompts])
         room = np.minimum(lengths + max_new_tokens, self.config.context)
         rows = rows_of(settings)
         cache, last = self._prefill(prompts, int(room.max()))
-        seen = np.zeros((len(prompts), self.config.vocab_size), bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, np.asarray(prompt)] = True
+        seen = np.stack([seen_in(prompt, self.config.vocab_size) for prompt in prompts])
         static = (self.config, self.dtype, self.num_tokens or self.config.num_tokens, top_logprobs)
         state = _first(*static, self.params, last, jnp.asarray(seen), jnp.asarray(lengths - 1), rows)
         position = lengths.copy()  # of the token just drawn, once it is fed back
@@ -104,15 +106,23 @@ class Engine:
 
     def log_probs(self, ids: Sequence[int]) -> np.ndarray:
         """Log-probability of every id given those before it, float32 [T - 1]; the text is read in chunks."""
-        self._check([ids], 0, [GREEDY], 0)
+        return np.array([logprob for logprob, _ in self.prompt_scores(ids)], np.float32)
+
+    def prompt_scores(self, ids: Sequence[int], top: int = 0) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+        """Of every id but the first its log-probability given those before it, and the `top` likeliest with theirs."""
+        self.check([ids], 0, top)
         cache = init_cache(self.config, 1, _rounded(len(ids)), self.chunk, self.dtype)
-        scores = []
+        scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
+        known = self.num_tokens or self.config.num_tokens
         for start in range(0, len(ids) - 1, self.chunk):
             tokens, positions = _padded([ids], start, min(self.chunk, _rounded(len(ids) - start)))
             targets, _ = _padded([ids], start + 1, tokens.shape[1])
-            out, cache = _score(self.config, self.dtype, start == 0, self.params, cache, tokens, positions, targets)
-            scores.append(np.asarray(out)[0, : len(ids) - 1 - start])
-        return np.concatenate(scores) if scores else np.zeros(0, np.float32)
+            static = (self.config, self.dtype, known, top, start == 0)
+            out, cache = _score(*static, self.params, cache, tokens, positions, targets)
+            chosen, best_ids, best = (np.asarray(part)[: len(ids) - 1 - start] for part in out)
+            tops = zip(best_ids.tolist(), best.tolist(), strict=True)
+            scores += [(one, tuple(zip(*pair, strict=True))) for one, pair in zip(chosen.tolist(), tops, strict=True)]
+        return scores
 
     def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, jax.Array]:
         """The cache with every prompt in it, and each row's last hidden state [B, D]."""
@@ -125,13 +135,10 @@ class Engine:
             last, cache = _read(self.config, self.dtype, start == 0, self.params, cache, tokens, positions, last, ends)
         return cache, last
 
-    def _check(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, settings: Sequence[Sampling], top: int
-    ) -> None:
-        if not prompts or len(settings) != len(prompts):
-            raise GemmaryError(
-                f"{len(prompts)} prompts and {len(settings)} sampling settings: give one for each, or one"
-            )
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, top: int) -> None:
+        """Raises GemmaryError for what cannot be run; `max_new_tokens` is 0 where a text is only scored."""
+        if not prompts:
+            raise GemmaryError("there is no prompt")
         if max_new_tokens < 0 or not 0 <= top <= 20:
             raise GemmaryError("max_new_tokens is at least 1 and top_logprobs from 0 to 20")
         for prompt in prompts:
@@ -188,10 +195,8 @@ def _draw(
     config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, seen: jax.Array, at: jax.Array, rows: Rows
 ) -> tuple[jax.Array, ...]:
     """From hidden states [B, D] to (ids, their log-probs, top ids, top log-probs, seen)."""
-    ids, log_probs = sample(logits(params, config, x[:, None])[:, 0], rows, seen, at, num_tokens)
-    chosen = jnp.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
-    best, best_ids = jax.lax.top_k(log_probs, top) if top else (jnp.zeros((len(ids), 0)), jnp.zeros((len(ids), 0), int))
-    return ids, chosen, best_ids, best, seen.at[jnp.arange(len(ids)), ids].set(True)
+    drawn = sample(logits(params, config, x[:, None])[:, 0], rows, lambda: seen, at, num_tokens, top=top)
+    return *drawn, recorded(seen, drawn.ids)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
@@ -229,25 +234,29 @@ def _next(
     return _draw(config, num_tokens, top, params, x[:, 0], seen, at, rows), written
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(6,))
 def _score(
     config: Config,
     dtype: Any,
+    known: int,
+    top: int,
     first: bool,
     params: Params,
     cache: Cache,
     tokens: jax.Array,
     positions: jax.Array,
     targets: jax.Array,
-) -> tuple[jax.Array, Cache]:
-    """Log-probabilities of the targets after each token of a chunk, the vocabulary taken 64 positions at a time."""
+) -> tuple[tuple[jax.Array, ...], Cache]:
+    """Log-probabilities of the targets after each token of a chunk, and the likeliest ones, 64 positions at a time."""
     x, written = hidden(params, config, tokens, Marks(positions), cache, first=first, dtype=dtype)
     assert written is not None
     width = math.gcd(64, x.shape[1])
 
-    def piece(at: tuple[jax.Array, jax.Array]) -> jax.Array:
-        log_probs = jax.nn.log_softmax(logits(params, config, at[0]), axis=-1)
-        return jnp.take_along_axis(log_probs, at[1][..., None], axis=-1)[..., 0]
+    def piece(at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        found = logits(params, config, at[0][None])[0]
+        best_ids, best, total = highest(found, known, max(top, 1))
+        chosen = jnp.take_along_axis(found, at[1][:, None], axis=1)[:, 0] - total
+        return chosen, best_ids[:, :top], best[:, :top] - total[:, None]
 
-    cut = x.reshape(-1, 1, width, x.shape[-1]), targets.reshape(-1, 1, width)
-    return jax.lax.map(piece, cut).reshape(1, -1), written
+    cut = x.reshape(-1, width, x.shape[-1]), targets.reshape(-1, width)
+    return tuple(part.reshape(x.shape[1], *part.shape[2:]) for part in jax.lax.map(piece, cut)), written

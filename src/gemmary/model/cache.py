@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gemmary import kernels
 from gemmary.config import Config
+from gemmary.model.attention import Marks, attend, attend_among
 
 __all__ = ["Cache", "LayerCache", "cache_bytes", "init_cache", "write"]
 
@@ -27,6 +29,27 @@ class LayerCache:
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
     positions: Int[Array, "B S"]
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        marks: Marks,
+        *,
+        first: bool,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[Float[Array, "B T N H"], LayerCache]:
+        """Attention of new tokens to themselves and to the cache, and the cache with them in it; `first`: it was empty."""
+        limits: dict[str, Any] = {"window": window, "softcap": softcap}
+        if not first and kernels.serves_cached(q.shape[1], self.k.dtype):
+            out, *kept = kernels.cached_attention(q, k, v, marks.positions, self.k, self.v, self.positions, **limits)
+            return out, LayerCache(*kept)
+        written = write(self, k, v, marks.positions)
+        if first:
+            return attend_among(q, k, v, marks, **limits), written
+        return attend(q, written.k, written.v, marks, Marks(written.positions), **limits), written
 
 
 Cache = tuple[LayerCache, ...]

@@ -20,11 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
-from gemmary.model.attention import Marks, attend, attend_among
-from gemmary.model.cache import Cache, LayerCache, write
+from gemmary.model.attention import Marks, attend_among
+from gemmary.model.cache import LayerCache
+from gemmary.model.pages import PagedLayer
 from gemmary.model.rope import Turn, rotate, timescales, turn
 from gemmary.params import TABLE, Params, is_stacked
-from gemmary.weights import lookup, project
+from gemmary.weights import gated, lookup, project, project_all
 
 __all__ = ["Remat", "block", "embed", "forward", "hidden", "logits", "rms_norm"]
 
@@ -33,6 +34,9 @@ _NO_WINDOW = np.int32(2**30)
 
 # Tokens from which making their sines and cosines once is worth a loop.
 _MANY = 1024
+
+Layer = LayerCache | PagedLayer
+"""The cache of one layer, in one of its forms."""
 
 Remat = Literal["none", "dots", "layers"]
 _REMAT: dict[Remat, Callable[..., Any]] = {
@@ -105,30 +109,30 @@ def _attention(
     kind: _Kind,
     config: Config,
     marks: Marks,
-    cache: LayerCache | None,
+    cache: Layer | None,
     first: bool,
-) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-    q = project("btd,dnh->btnh", x, w["attn.q"])
-    k = project("btd,dkh->btkh", x, w["attn.k"])
-    v = project("btd,dkh->btkh", x, w["attn.v"])
+) -> tuple[Float[Array, "B T D"], Layer | None]:
+    equations = ("btd,dnh->btnh", "btd,dkh->btkh", "btd,dkh->btkh")
+    q, k, v = project_all(equations, x, (w["attn.q"], w["attn.k"], w["attn.v"]))
     if config.qk_norm:
         q = rms_norm(q, w["attn.q_norm"], config.norm_eps)
         k = rms_norm(k, w["attn.k_norm"], config.norm_eps)
     q = rotate(q, kind.turn) * jnp.asarray(config.query_scale, q.dtype)
     k = rotate(k, kind.turn)
     limits: dict[str, Any] = {"window": kind.window, "softcap": config.attn_softcap}
-    if cache is not None:
-        cache = write(cache, k, v, marks.positions)
-    if cache is None or first:
+    if cache is None:
         out = attend_among(q, k, v, marks, **limits)
     else:
-        out = attend(q, cache.k, cache.v, marks, Marks(cache.positions), **limits)
+        out, cache = cache.attend(q, k, v, marks, first=first, **limits)
     return project("btnh,nhd->btd", out, w["attn.o"]), cache
 
 
 def _feed_forward(x: Float[Array, "B T D"], w: Params) -> Float[Array, "B T D"]:
     """GeGLU: the gate goes through GELU (tanh approximation) and multiplies the up branch."""
-    gate, up = project("btd,df->btf", x, w["mlp.gate"]), project("btd,df->btf", x, w["mlp.up"])
+    both = gated("btd,df->btf", x, w["mlp.gate"], w["mlp.up"])
+    if both is not None:
+        return project("btf,fd->btd", both, w["mlp.down"])
+    gate, up = project_all(("btd,df->btf",) * 2, x, (w["mlp.gate"], w["mlp.up"]))
 
     # A backward pass makes what lies between the matrix products again: it is the widest of all activations, five times
     # over, and quicker made than kept.
@@ -146,9 +150,9 @@ def block(
     kind: _Kind,
     config: Config,
     marks: Marks,
-    cache: LayerCache | None = None,
+    cache: Layer | None = None,
     first: bool = False,
-) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+) -> tuple[Float[Array, "B T D"], Layer | None]:
     """One layer: attention and feed-forward, each on a normed input, added back (after a second norm where the config has it)."""
     out, cache = _attention(rms_norm(x, w["pre_attn_norm"], config.norm_eps), w, kind, config, marks, cache, first)
     if config.post_norms:
@@ -165,12 +169,12 @@ def hidden(
     config: Config,
     tokens: Int[Array, "B T"],
     marks: Marks | None = None,
-    cache: Cache | None = None,
+    cache: tuple[Layer, ...] | None = None,
     *,
     first: bool = False,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
-) -> tuple[Float[Array, "B T D"], Cache | None]:
+) -> tuple[Float[Array, "B T D"], Any]:
     """The last layer's output, normed, and the cache with these tokens in it.
 
     `marks` gives each token's position (default: 0, 1, 2, …) and, for packed documents, its segment. With a cache,

@@ -22,6 +22,7 @@ from gemmary.data.turns import Rows
 from gemmary.errors import GemmaryError, check_bounds
 from gemmary.model.transformer import Remat
 from gemmary.params import Params, is_stacked, stack
+from gemmary.quantization import quantize_weight
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.loop import Hook, LoopSettings, Report
 from gemmary.train.losses import Head, chunk_size
@@ -30,7 +31,7 @@ from gemmary.train.optimizer import OptimizerSettings, learning_rate, optimizer
 from gemmary.train.run import Ended, Say, keep_best, run
 from gemmary.train.saving import AdapterFiles, ModelFiles, NativeFiles
 from gemmary.train.step import Loss, Step, TrainState, init_state, make_step
-from gemmary.weights import Int4, Int8, dequantize, map_rows, quantize_weight
+from gemmary.weights import Int4, Int8, dequantize, map_rows
 
 __all__ = ["Learner", "LoraSettings", "TuneSettings", "compiled", "describe", "learner", "tune"]
 

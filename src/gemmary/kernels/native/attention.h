@@ -103,7 +103,7 @@ inline void put(const float* panel, int64_t head_dim, int64_t lanes, float* to, 
 // One row of the batch and one head.
 struct Head {
   const Attention& a;
-  Marks marks;
+  Marks marks, asking;  // of keys, and of queries
   int64_t T, H, rows;  // rows: tokens in whole strips
   Matrix q, k, v;
   int64_t q_at, k_at, line;  // where this head's values begin in q and k, and its logarithms
@@ -113,6 +113,7 @@ struct Head {
     const int64_t kv = n / (a.heads / a.kv_heads);
     const int32_t window = a.window > 0 && a.window < (1 << 30) ? int32_t(a.window) : 1 << 30;
     marks = {a.positions + b * T, a.segments + b * T, T, window};
+    asking = {(a.query_positions != nullptr ? a.query_positions : a.positions) + b * T, marks.segments, T, window};
     q_at = (b * T * a.heads + n) * H;
     k_at = (b * T * a.kv_heads + kv) * H;
     line = (b * a.heads + n) * T;
@@ -164,6 +165,14 @@ void attend(Pool& pool, const Attention& a, float* out, float* log_sum) {
   for_panels(pool, a, a.heads, [&](int64_t b, int64_t n, int64_t from, int64_t to) {
     const Head head(a, b, n);
     const int64_t T = head.T, H = head.H, reach = least(T, to * kColumns);
+    const int64_t start = from * kColumns;
+    if (head.asking.range(start, reach - start).position < 0) {  // nobody asks
+      for (int64_t i = start; i < reach; ++i) {
+        memset(out + head.q_at + i * head.q_stride(), 0, sizeof(float) * H);
+        log_sum[head.line + i] = 0;
+      }
+      return;
+    }
     static thread_local Scratch scratch;
     float* k_rows = scratch.floats(2 * head.rows * H + (2 * H + kBlock) * kColumns);
     float* v_columns = k_rows + head.rows * H;
@@ -174,8 +183,8 @@ void attend(Pool& pool, const Attention& a, float* out, float* log_sum) {
     pack<kRows>(v_columns, turned(head.v), H, reach);
     for (int64_t panel = from; panel < to; ++panel) {
       const int64_t first = panel * kColumns, width = least(kColumns, T - first), end = first + width;
-      const Lanes lanes(head.marks, first);
-      const Marks::Range queries = head.marks.range(first, width);
+      const Lanes lanes(head.asking, first);
+      const Marks::Range queries = head.asking.range(first, width);
       pack<kColumns>(q, at(head.q, first, 0), width, H);
       memset(mixed, 0, sizeof(float) * H * kColumns);
       Floats peak[2] = {all(kLeast), all(kLeast)}, sum[2] = {};

@@ -1,6 +1,7 @@
 // A few rows times a matrix, as in decoding: all the time goes into reading the matrix, so it is read once and in order.
 #pragma once
 
+#include "blocks.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -29,13 +30,23 @@ inline float wide_one(uint16_t x) {
   return v;
 }
 
-// Columns [first, last) of `count` rows, w as [n, k]: each result is a product of two rows, four of w's at a time.
-template <typename T, int count>
-void by_outputs(const Rows& r, const T* w, int64_t row, int64_t first, int64_t last) {
+inline Floats wide(const int8_t* from) { return signed_at(from); }
+inline float wide_one(int8_t x) { return x; }
+
+// Some columns of the product of some rows: y has `stride` values from row to row, and begins with column `first`.
+struct Part {
+  const float* x;
+  int64_t k, n, first, last;
+  float* y;
+  int64_t stride;
+};
+
+// w as [n, k]: each result is a product of two rows, four of w's at a time.
+template <int count, typename T>
+void by_outputs(const Part& r, const T* w) {
   const int64_t k = r.k, whole = k / kWidth * kWidth;
-  const float* x = r.x + row * k;
-  for (int64_t n = first; n < last; n += 4) {
-    const int64_t lines = least(4, last - n);
+  for (int64_t n = r.first; n < r.last; n += 4) {
+    const int64_t lines = least(4, r.last - n);
     const T* line[4];
     for (int64_t i = 0; i < 4; ++i) line[i] = w + (n + least(i, lines - 1)) * k;
     Floats sum[4][count] = {};
@@ -44,32 +55,32 @@ void by_outputs(const Rows& r, const T* w, int64_t row, int64_t first, int64_t l
       for (int i = 0; i < 4; ++i) {
         const Floats value = wide(line[i] + p);
 #pragma GCC unroll 4
-        for (int m = 0; m < count; ++m) sum[i][m] += value * load(x + m * k + p);
+        for (int m = 0; m < count; ++m) sum[i][m] += value * load(r.x + m * k + p);
       }
     for (int64_t i = 0; i < lines; ++i)
       for (int m = 0; m < count; ++m) {
         float total = sum_of(sum[i][m]);
-        for (int64_t p = whole; p < k; ++p) total += wide_one(line[i][p]) * x[m * k + p];
-        r.y[(row + m) * r.n + n + i] = total;
+        for (int64_t p = whole; p < k; ++p) total += wide_one(line[i][p]) * r.x[m * k + p];
+        r.y[m * r.stride + n - r.first + i] = total;
       }
   }
 }
 
-// Columns [first, last) of `count` rows, w as [k, n]: four of w's rows are added to the results at a time.
-template <typename T, int count>
-void by_inputs(const Rows& r, const T* w, int64_t row, int64_t first, int64_t last) {
-  const int64_t k = r.k, n = r.n, whole = first + (last - first) / kWidth * kWidth;
-  for (int m = 0; m < count; ++m) memset(r.y + (row + m) * n + first, 0, sizeof(float) * (last - first));
+// w as [k, n]: four of w's rows are added to the results at a time.
+template <int count, typename T>
+void by_inputs(const Part& r, const T* w) {
+  const int64_t k = r.k, n = r.n, size = r.last - r.first, whole = size / kWidth * kWidth;
+  for (int m = 0; m < count; ++m) memset(r.y + m * r.stride, 0, sizeof(float) * size);
   for (int64_t p = 0; p < k; p += 4) {
     const int64_t lines = least(4, k - p);
     const T* line[4];
     float x[4][count];
     for (int64_t i = 0; i < 4; ++i) {
-      line[i] = w + (p + least(i, lines - 1)) * n;
-      for (int m = 0; m < count; ++m) x[i][m] = i < lines ? r.x[(row + m) * k + p + i] : 0.0f;
+      line[i] = w + (p + least(i, lines - 1)) * n + r.first;
+      for (int m = 0; m < count; ++m) x[i][m] = i < lines ? r.x[m * k + p + i] : 0.0f;
     }
     const int64_t ahead = (p + 8 < k ? 8 : 0) * n;
-    for (int64_t j = first; j < whole; j += kWidth) {
+    for (int64_t j = 0; j < whole; j += kWidth) {
       Floats value[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -78,39 +89,71 @@ void by_inputs(const Rows& r, const T* w, int64_t row, int64_t first, int64_t la
       }
 #pragma GCC unroll 4
       for (int m = 0; m < count; ++m) {
-        float* y = r.y + (row + m) * n + j;
+        float* y = r.y + m * r.stride + j;
         store(y, load(y) + ((value[0] * x[0][m] + value[1] * x[1][m]) + (value[2] * x[2][m] + value[3] * x[3][m])));
       }
     }
-    for (int64_t j = whole; j < last; ++j)
+    for (int64_t j = whole; j < size; ++j)
       for (int m = 0; m < count; ++m)
-        for (int64_t i = 0; i < lines; ++i) r.y[(row + m) * n + j] += wide_one(line[i][j]) * x[i][m];
+        for (int64_t i = 0; i < lines; ++i) r.y[m * r.stride + j] += wide_one(line[i][j]) * x[i][m];
   }
 }
 
-template <typename T>
-void rows_of(Pool& pool, const Rows& r, const T* w) {
-  // As wide as a page, and a piece for each thread where there is so much; a few pieces more where outputs are many.
-  const int64_t most = r.turned ? 256 : 4096 / int64_t(sizeof(T));
-  const int64_t width = least(most, up((r.n + pool.threads() - 1) / pool.threads(), kColumns));
-  auto piece = [&](int64_t i) {
-    const int64_t first = i * width, last = least(first + width, r.n);
-    for (int64_t row = 0; row < r.m;) {
-      const int64_t left = r.m - row;
-      const auto run = [&]<int count>() {
-        (r.turned ? by_outputs<T, count> : by_inputs<T, count>)(r, w, row, first, last);
-        row += count;
-      };
-      if (left >= 4) run.template operator()<4>();
-      else if (left >= 2) run.template operator()<2>();
-      else run.template operator()<1>();
+// w as rows of blocks, each of which is made wide once for all rows of x.
+template <int count, typename B>
+void by_blocks(const Part& r, const uint8_t* w) {
+  const int64_t bytes = r.k / B::values * B::bytes;
+  const uint8_t* block = w + r.first * bytes;
+  for (int64_t n = 0; n < r.last - r.first; ++n) {
+    Floats sum[2][count] = {};
+    for (int64_t p = 0; p < r.k; p += B::values, block += B::bytes) {
+      __builtin_prefetch(block + 2048);
+      B::each(block, [&](int at, Floats value) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int m = 0; m < count; ++m) sum[at / kWidth % 2][m] += value * load(r.x + m * r.k + p + at);
+      });
     }
-  };
-  in_parallel(pool, (r.n + width - 1) / width, piece);
+    for (int m = 0; m < count; ++m) r.y[m * r.stride + n] = sum_of(sum[0][m] + sum[1][m]);
+  }
 }
 
-void rows(Pool& pool, const Rows& r) {
-  r.bfloat16 ? rows_of(pool, r, static_cast<const uint16_t*>(r.w)) : rows_of(pool, r, static_cast<const float*>(r.w));
+// `f` with a value of the type that a kind is made of.
+template <typename F>
+void with_blocks(Kind kind, F f) {
+  switch (kind) {
+    case Kind::q8_0: return f(Q8_0{});
+    case Kind::q4_0: return f(Q4_0{});
+    case Kind::q5_0: return f(Q5_0{});
+    case Kind::q4_k: return f(Q4_K{});
+    case Kind::q5_k: return f(Q5_K{});
+    case Kind::q6_k: return f(Q6_K{});
+    default: return;
+  }
+}
+
+template <int count>
+void few(const Part& part, const Factor& factor) {
+  const auto plain = [&]<typename T>(const T* w) {
+    factor.turned ? by_outputs<count>(part, w) : by_inputs<count>(part, w);
+  };
+  switch (factor.kind) {
+    case Kind::f32: return plain(static_cast<const float*>(factor.w));
+    case Kind::bf16: return plain(static_cast<const uint16_t*>(factor.w));
+    case Kind::i8: return plain(static_cast<const int8_t*>(factor.w));
+    default:
+      with_blocks(factor.kind, [&]<typename B>(B) { by_blocks<count, B>(part, static_cast<const uint8_t*>(factor.w)); });
+  }
+}
+
+// The part of `m` rows, four, two or one at a time; a piece of w that is read again is still near.
+inline void some_rows(Part part, int64_t m, const Factor& factor) {
+  while (m > 0) {
+    const int64_t count = m >= 4 ? 4 : m >= 2 ? 2 : 1;
+    (count == 4 ? few<4> : count == 2 ? few<2> : few<1>)(part, factor);
+    part.x += count * part.k;
+    part.y += count * part.stride;
+    m -= count;
+  }
 }
 
 }  // namespace

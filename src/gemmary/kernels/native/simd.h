@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace gemmary {
 namespace {
@@ -48,6 +51,9 @@ inline Floats all(float x) { return x - Floats{}; }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 inline float sum_of(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(__m512(v));
+#endif
   float total = 0;
   for (int lane = 0; lane < kWidth; ++lane) total += v[lane];
   return total;
@@ -89,6 +95,12 @@ inline Floats hyperbolic_tangent(Floats x) {
   const Floats square = x * x;
   y = size < 0.02f ? size * (1.0f - square * (1.0f / 3)) : y;
   return negative ? -y : y;
+}
+
+// x Φ(x) by its approximation with tanh (Hendrycks and Gimpel, arXiv 1606.08415), as the model has it.
+inline Floats gelu(Floats x) {
+  const Floats inner = 0.797884561f * (x + 0.044715f * x * x * x);
+  return 0.5f * x * (1.0f + hyperbolic_tangent(inner));
 }
 
 // Memory of one thread, kept from one call to the next.

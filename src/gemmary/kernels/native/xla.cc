@@ -72,14 +72,57 @@ const Kernels* chosen() {
   return best;
 }
 
-ffi::Error rows(ffi::ThreadPool threads, Values x, ffi::AnyBuffer w, Result y, bool turned) {
-  const auto a = x.dimensions(), b = w.dimensions(), c = y->dimensions();
-  const bool bfloat16 = w.element_type() == ffi::BF16;
-  if (a.size() != 2 || b.size() != 2 || c.size() != 2 || a[0] != c[0] || a[1] != b[turned] || c[1] != b[!turned] ||
-      !(bfloat16 || w.element_type() == ffi::F32))
-    return ffi::Error::InvalidArgument("rows: the sides do not fit");
+// One of the matrices that x [m, k] is multiplied with; blocks come as their bytes, a row after the other.
+ffi::ErrorOr<Factor> factor(const ffi::AnyBuffer& w, int32_t kind, bool turned, int64_t k) {
+  const auto sides = w.dimensions();
+  const auto wrong = ffi::Unexpected(ffi::Error::InvalidArgument("products: the sides do not fit"));
+  if (sides.size() != 2 || kind < 0 || kind > int32_t(Kind::q6_k)) return wrong;
+  const Factor made{Kind(kind), turned, sides[!turned], w.untyped_data()};
+  const int64_t bytes = row_bytes(made.kind, k);
+  const ffi::DataType types[] = {ffi::F32, ffi::BF16, ffi::S8};
+  if (kind > int32_t(Kind::i8) ? !turned || bytes == 0 || sides[1] != bytes || w.element_type() != ffi::U8
+                               : sides[turned] != k || w.element_type() != types[kind])
+    return wrong;
+  return made;
+}
+
+constexpr size_t kMost = 4;
+
+ffi::Error products(ffi::ThreadPool threads, Values x, ffi::RemainingArgs matrices, ffi::RemainingRets results,
+                    ffi::Span<const int32_t> kinds, ffi::Span<const int32_t> turned, bool gated) {
+  const auto sides = x.dimensions();
+  const size_t count = matrices.size();
+  if (sides.size() != 2 || count == 0 || count > kMost || kinds.size() != count || turned.size() != count ||
+      results.size() != (gated ? 1 : count) || (gated && count != 2))
+    return ffi::Error::InvalidArgument("products: a number of matrices that do not fit");
+  Factor factors[kMost];
+  float* y[kMost];
+  for (size_t i = 0; i < count; ++i) {
+    const auto w = matrices.get<ffi::AnyBuffer>(i);
+    if (w.has_error()) return w.error();
+    const auto made = factor(*w, kinds.begin()[i], turned.begin()[i] != 0, sides[1]);
+    if (made.has_error()) return made.error();
+    factors[i] = *made;
+    if (i >= results.size()) continue;
+    auto result = results.get<ffi::BufferR2<ffi::F32>>(i);
+    if (result.has_error()) return result.error();
+    const auto shape = (*result)->dimensions();
+    if (shape[0] != sides[0] || shape[1] != made->n) return ffi::Error::InvalidArgument("products: results that do not fit");
+    y[i] = (*result)->typed_data();
+  }
+  if (gated && factors[0].n != factors[1].n) return ffi::Error::InvalidArgument("products: a gate of another size");
   XlaPool pool(threads);
-  chosen()->rows(pool, {a[0], c[1], a[1], x.typed_data(), w.untyped_data(), bfloat16, turned, y->typed_data()});
+  chosen()->products(pool, {sides[0], sides[1], x.typed_data(), int64_t(count), factors, y, gated});
+  return ffi::Error::Success();
+}
+
+ffi::Error lookup(ffi::ThreadPool threads, ffi::Buffer<ffi::U8> w, Numbers rows, Result y, int32_t kind) {
+  const auto sides = w.dimensions(), shape = y->dimensions();
+  if (sides.size() != 2 || shape.size() != 2 || kind <= int32_t(Kind::i8) || kind > int32_t(Kind::q6_k) ||
+      row_bytes(Kind(kind), shape[1]) != sides[1] || sides[1] == 0 || int64_t(rows.element_count()) != shape[0])
+    return ffi::Error::InvalidArgument("lookup: the sides do not fit");
+  XlaPool pool(threads);
+  chosen()->lookup(pool, {sides[0], shape[1], shape[0], Kind(kind), w.typed_data(), rows.typed_data(), y->typed_data()});
   return ffi::Error::Success();
 }
 
@@ -101,10 +144,11 @@ ffi::ErrorOr<Attention> attention(const Values& q, const Values& k, const Values
 }
 
 ffi::Error attend(ffi::ThreadPool threads, Values q, Values k, Values v, Numbers positions, Numbers segments,
-                  Result out, Result log_sum, int64_t window, float softcap) {
-  const auto made = attention(q, k, v, positions, segments, window, softcap);
+                  Numbers query_positions, Result out, Result log_sum, int64_t window, float softcap) {
+  auto made = attention(q, k, v, positions, segments, window, softcap);
   if (made.has_error()) return made.error();
-  if (!alike(*out, q) || int64_t(log_sum->element_count()) != made->batch * made->heads * made->tokens)
+  made->query_positions = query_positions.typed_data();
+  if (!alike(query_positions, positions) || !alike(*out, q) || int64_t(log_sum->element_count()) != made->batch * made->heads * made->tokens)
     return ffi::Error::InvalidArgument("attention: the results do not fit");
   XlaPool pool(threads);
   chosen()->attend(pool, *made, out->typed_data(), log_sum->typed_data());
@@ -125,6 +169,61 @@ ffi::Error attend_gradient(ffi::ThreadPool threads, Values q, Values k, Values v
   return ffi::Error::Success();
 }
 
+// The cache comes in and goes out in the same memory.
+ffi::Error attend_cached(ffi::ThreadPool threads, Values q, Values k, Values v, Numbers positions, ffi::AnyBuffer keys,
+                         ffi::AnyBuffer values, Numbers slot_positions, Result out,
+                         ffi::Result<ffi::AnyBuffer> new_keys, ffi::Result<ffi::AnyBuffer> new_values,
+                         ffi::ResultBuffer<ffi::S32> new_positions, int64_t window, float softcap) {
+  const auto a = q.dimensions(), b = k.dimensions(), c = keys.dimensions();
+  const bool bfloat16 = keys.element_type() == ffi::BF16;
+  if (a.size() != 4 || b.size() != 4 || c.size() != 4 || !alike(k, v) || !alike(keys, values) || !alike(*out, q) ||
+      a[0] != b[0] || a[1] != b[1] || a[3] != b[3] || b[2] == 0 || a[2] % b[2] != 0 || c[0] != a[0] || c[1] != b[2] ||
+      c[3] != a[3] || !(bfloat16 || keys.element_type() == ffi::F32) || values.element_type() != keys.element_type() ||
+      int64_t(positions.element_count()) != a[0] * a[1] || int64_t(slot_positions.element_count()) != a[0] * c[2])
+    return ffi::Error::InvalidArgument("attention to a cache: the shapes do not fit");
+  if (keys.untyped_data() != new_keys->untyped_data() || values.untyped_data() != new_values->untyped_data() ||
+      slot_positions.typed_data() != new_positions->typed_data())
+    return ffi::Error::Internal("attention to a cache: it was not given in place");
+  XlaPool pool(threads);
+  chosen()->attend_cached(pool, {a[0], a[1], a[2], b[2], a[3], c[2], window, softcap, bfloat16, positions.typed_data(),
+                                 q.typed_data(), k.typed_data(), v.typed_data(), new_keys->untyped_data(),
+                                 new_values->untyped_data(), new_positions->typed_data(), out->typed_data()});
+  return ffi::Error::Success();
+}
+
+// The same with a pool of pages; `reads`: tokens also attend, else there is no q to speak of.
+ffi::Error attend_pages(ffi::ThreadPool threads, Values q, Values k, Values v, Numbers positions, Numbers table,
+                        ffi::AnyBuffer keys, ffi::AnyBuffer values, Result out, ffi::Result<ffi::AnyBuffer> new_keys,
+                        ffi::Result<ffi::AnyBuffer> new_values, int64_t window, float softcap, bool reads) {
+  const auto a = q.dimensions(), b = k.dimensions(), c = keys.dimensions(), d = table.dimensions();
+  const bool bfloat16 = keys.element_type() == ffi::BF16;
+  if (a.size() != 4 || b.size() != 4 || c.size() != 4 || d.size() != 2 || !alike(k, v) || !alike(keys, values) ||
+      !alike(*out, q) || a[0] != b[0] || d[0] != b[0] || (reads && a[1] != b[1]) || a[3] != b[3] || b[2] == 0 ||
+      a[2] % b[2] != 0 || c[1] != b[2] || c[3] != a[3] || !(bfloat16 || keys.element_type() == ffi::F32) ||
+      values.element_type() != keys.element_type() || int64_t(positions.element_count()) != b[0] * b[1])
+    return ffi::Error::InvalidArgument("attention to pages: the shapes do not fit");
+  if (keys.untyped_data() != new_keys->untyped_data() || values.untyped_data() != new_values->untyped_data())
+    return ffi::Error::Internal("attention to pages: they were not given in place");
+  XlaPool pool(threads);
+  chosen()->attend_cached(pool, {b[0], b[1], a[2], b[2], a[3], c[2], window, softcap, bfloat16, positions.typed_data(),
+                                 q.typed_data(), k.typed_data(), v.typed_data(), new_keys->untyped_data(),
+                                 new_values->untyped_data(), nullptr, reads ? out->typed_data() : nullptr,
+                                 table.typed_data(), d[1], c[0]});
+  return ffi::Error::Success();
+}
+
+ffi::Error choose(ffi::ThreadPool threads, Values logits, ffi::ResultBuffer<ffi::S32> places, Result values, Result top,
+                  Result sum, int64_t known) {
+  const auto a = logits.dimensions(), b = places->dimensions();
+  if (a.size() != 2 || b.size() != 2 || a[0] != b[0] || !alike(*places, *values) || a[1] == 0 || b[1] == 0 ||
+      int64_t(top->element_count()) != a[0] || int64_t(sum->element_count()) != a[0])
+    return ffi::Error::InvalidArgument("choice: the shapes do not fit");
+  XlaPool pool(threads);
+  chosen()->choose(pool, {a[0], a[1], known, b[1], logits.typed_data(), places->typed_data(), values->typed_data(),
+                          top->typed_data(), sum->typed_data()});
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace gemmary
 
@@ -136,13 +235,23 @@ extern "C" const char* gemmary_instructions() {
   return best == nullptr ? nullptr : best->name;
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_rows, gemmary::rows,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_products, gemmary::products,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<gemmary::Values>()
-                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<xla::ffi::Span<const int32_t>>("kinds")
+                                  .Attr<xla::ffi::Span<const int32_t>>("turned")
+                                  .Attr<bool>("gated"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_lookup, gemmary::lookup,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Arg<gemmary::Numbers>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<bool>("turned"));
+                                  .Attr<int32_t>("kind"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_attend, gemmary::attend,
                               xla::ffi::Ffi::Bind()
@@ -150,6 +259,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_attend, gemmary::attend,
                                   .Arg<gemmary::Values>()
                                   .Arg<gemmary::Values>()
                                   .Arg<gemmary::Values>()
+                                  .Arg<gemmary::Numbers>()
                                   .Arg<gemmary::Numbers>()
                                   .Arg<gemmary::Numbers>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
@@ -173,5 +283,49 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_attend_gradient, gemmary::attend_gradient,
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("window")
                                   .Attr<float>("softcap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_attend_cached, gemmary::attend_cached,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<gemmary::Values>()
+                                  .Arg<gemmary::Values>()
+                                  .Arg<gemmary::Values>()
+                                  .Arg<gemmary::Numbers>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<gemmary::Numbers>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("softcap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_attend_pages, gemmary::attend_pages,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<gemmary::Values>()
+                                  .Arg<gemmary::Values>()
+                                  .Arg<gemmary::Values>()
+                                  .Arg<gemmary::Numbers>()
+                                  .Arg<gemmary::Numbers>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("softcap")
+                                  .Attr<bool>("reads"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_choose, gemmary::choose,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<gemmary::Values>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("known"));
 
 #pragma GCC visibility pop

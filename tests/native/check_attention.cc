@@ -1,28 +1,9 @@
-// Few rows, attention and its gradient on random shapes, in buffers of exactly their size, against doubles; for sanitizers.
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <random>
-#include <thread>
-#include <vector>
-
-#include "kernels.h"
+// Attention and its gradient on random shapes, in buffers of exactly their size, against doubles; for sanitizers.
+#include "check.h"
 
 namespace {
 
 using gemmary::Attention;
-
-struct TwoThreads final : gemmary::Pool {
-  int threads() const override { return 2; }
-  void run(int64_t count, void (*run)(void*, int64_t), void* context) override {
-    auto half = [&](int64_t first) {
-      for (int64_t i = first; i < count; i += 2) run(context, i);
-    };
-    std::thread other(half, 1);
-    half(0);
-    other.join();
-  }
-};
 
 // Out and the gradients of sum(out * d), one query at a time.
 void reference(const Attention& a, const std::vector<float>& d, std::vector<double>& out, std::vector<double>& dq,
@@ -68,50 +49,12 @@ void reference(const Attention& a, const std::vector<float>& d, std::vector<doub
       }
 }
 
-bool near(const std::vector<float>& got, const std::vector<double>& wanted) {
-  for (size_t i = 0; i < got.size(); ++i)
-    if (!(std::fabs(got[i] - wanted[i]) < 1e-4 * (1 + std::fabs(wanted[i])))) return false;
-  return true;
-}
-
-// Few rows times matrices of floats and of bfloat16 (the floats' upper halves), as they are and turned.
-bool rows_are_right(gemmary::Pool& pool, std::mt19937& rng) {
-  std::normal_distribution<float> normal;
-  for (int shape = 0; shape < 80; ++shape) {
-    const int64_t m = 1 + rng() % 8, n = 1 + rng() % 600, k = 1 + rng() % 70;
-    const bool turned = shape & 1, bfloat16 = shape & 2;
-    std::vector<float> x(m * k), w(n * k), y(m * n);
-    std::vector<uint16_t> halves(n * k);
-    for (float& one : x) one = normal(rng);
-    for (int64_t i = 0; i < n * k; ++i) {
-      uint32_t bits;
-      w[i] = normal(rng);
-      std::memcpy(&bits, &w[i], 4);
-      if (bfloat16) bits &= 0xFFFF0000;
-      std::memcpy(&w[i], &bits, 4);
-      halves[i] = uint16_t(bits >> 16);
-    }
-    const void* given = bfloat16 ? static_cast<const void*>(halves.data()) : w.data();
-    gemmary::GEMMARY_KERNELS()->rows(pool, {m, n, k, x.data(), given, bfloat16, turned, y.data()});
-    std::vector<double> wanted(m * n);
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < n; ++j)
-        for (int64_t p = 0; p < k; ++p) wanted[i * n + j] += double(x[i * k + p]) * (turned ? w[j * k + p] : w[p * n + j]);
-    if (!near(y, wanted)) return false;
-  }
-  return true;
-}
-
 }  // namespace
 
 int main() {
   std::mt19937 rng(0);
   auto below = [&](int n) { return int64_t(rng() % n); };
   TwoThreads pool;
-  if (!rows_are_right(pool, rng)) {
-    std::fprintf(stderr, "rows differ\n");
-    return 1;
-  }
   for (int shape = 0; shape < 60; ++shape) {
     Attention a{};
     a.batch = 1 + below(2), a.tokens = 1 + below(shape % 3 ? 60 : 300), a.kv_heads = 1 + below(2);

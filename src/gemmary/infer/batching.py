@@ -1,0 +1,299 @@
+"""Continuous batching: requests come and go while others are answered, a token for each in every step.
+
+One thread owns the device. It reads prompts a chunk at a time, between steps, and each step serves all that are being answered; what
+a request comes to does not depend on its neighbours. Requests of different clients take turns. The cache is shared in pages
+(`infer.memory`), so a prompt that begins like an earlier text is read from where they part.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gemmary.errors import GemmaryError
+from gemmary.infer.engine import Engine, Token
+from gemmary.infer.memory import Holding
+from gemmary.infer.steps import Entry, Grammar, Request, Steps
+
+__all__ = ["Batcher", "Closing", "Grammar", "Overloaded", "Request", "Stats", "Ticket"]
+
+log = logging.getLogger(__name__)
+
+Deliver = Callable[[Token | Exception], None]
+
+
+class Overloaded(GemmaryError):
+    """The queue is full; `retry_after` seconds may help."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+class Closing(GemmaryError):
+    """No more requests are taken."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Where things stand, and counts since the start. `cached_tokens` of the prompts were not read again."""
+
+    slots: int
+    busy: int
+    queued: int
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way."""
+
+    request: Request
+    deliver: Deliver
+    cancelled: bool = False
+    ended: bool = False
+    _wake: Callable[[], None] = lambda: None
+
+    def cancel(self) -> None:
+        """Nothing more is delivered; what it holds is free within a step."""
+        self.cancelled = True
+        self._wake()
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request that has a slot. `tokens` are the prompt and what was drawn; `read` of them are in the cache."""
+
+    ticket: Ticket
+    slot: int
+    holding: Holding
+    tokens: list[int]
+    room: int
+    read: int
+    shared: int
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.ticket.request.prompt)
+
+
+class Batcher:
+    """Serves requests on a thread of its own.
+
+    `slots` are answered at once, `queue` may wait, and the cache takes `memory` bytes (default: enough for every slot, of a
+    moderate length). Raises GemmaryError where the memory is too small for the model.
+    """
+
+    def __init__(self, engine: Engine, *, slots: int = 8, queue: int = 128, memory: int | None = None) -> None:
+        if slots < 1 or queue < 1:
+            raise GemmaryError(f"{slots} slots and a queue of {queue}: both must be at least 1")
+        self._steps = Steps(engine, slots, memory)
+        self._memory, self._slots, self._most = self._steps.memory, slots, queue
+        self._engine = engine
+        self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()
+        self._running: dict[int, _Running] = {}
+        self._reading: _Running | None = None
+        self._changed = threading.Condition()
+        self._closing: float | None = None
+        self._counts = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "new_tokens"), 0)
+        self._seconds_per_request = 1.0
+        self._thread = threading.Thread(target=self._serve, name="gemmary-batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._memory.longest
+
+    def submit(self, request: Request, deliver: Deliver) -> Ticket:
+        """Queue a request. `deliver` is called on the batcher's thread with each token, the last of which has a `finish`
+        ("stop" or "length"), or with an exception, which is the last call.
+
+        Raises GemmaryError for what cannot be served, `Overloaded` where the queue is full, `Closing` at the end.
+        """
+        self._engine.check([request.prompt], request.max_new_tokens, request.top_logprobs)
+        if len(request.prompt) >= self.longest:
+            raise GemmaryError(
+                f"the prompt has {len(request.prompt)} tokens and there is memory for {self.longest} with the answer: "
+                "shorten it, or give the server more memory"
+            )
+        known = self._steps.num_tokens
+        if wrong := next((i for i in request.bias if not 0 <= i < known), None):
+            raise GemmaryError(f"a bias for token {wrong}: token ids go from 0 to {known - 1} in this model")
+        ticket = Ticket(request, deliver, _wake=self._wake)
+        with self._changed:
+            if self._closing is not None:
+                raise Closing("the server is shutting down")
+            waiting = self._queued()
+            if waiting >= self._most:
+                raise Overloaded(waiting, max(1.0, waiting * self._seconds_per_request / self._slots))
+            self._waiting.setdefault(request.client, deque()).append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def stats(self) -> Stats:
+        """Where things stand."""
+        with self._changed:
+            busy = len(self._running) + (self._reading is not None)
+            return Stats(slots=self._slots, busy=busy, queued=self._queued(), **self._counts)
+
+    def close(self, grace: float = 0.0) -> None:
+        """Take no more; let what was taken finish for `grace` seconds, then end the rest with `Closing`. Waits for it."""
+        with self._changed:
+            if self._closing is None:
+                self._closing = time.monotonic() + grace
+            self._changed.notify()
+        self._thread.join()
+
+    def warm_up(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compile the shapes that requests need, before the first one comes. Not while requests are served."""
+        self._steps.warm_up(on_progress)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _queued(self) -> int:
+        return sum(not ticket.cancelled for line in self._waiting.values() for ticket in line)
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._running or self._reading or self._waiting or self._closing is not None):
+                    self._changed.wait()
+                over = self._closing is not None and (
+                    time.monotonic() > self._closing or not (self._running or self._reading or self._waiting)
+                )
+            if over:
+                self._end_all(Closing("the server is shutting down"))
+                return
+            try:
+                self._turn()
+            except Exception as error:  # whatever it is, callers must hear of it, and the next ones be served
+                log.exception("a step failed")
+                self._end_all(error)
+                self._steps.reset()
+                self._memory = self._steps.memory
+
+    def _turn(self) -> None:
+        """One round: let go of what was cancelled, read a chunk of one prompt, and draw a token for each that is answered."""
+        for one in [*self._running.values(), *([self._reading] if self._reading else [])]:
+            if one.ticket.cancelled:
+                self._leave(one)
+        if self._reading is None:
+            self._reading = self._admit()
+        if self._reading is not None:
+            self._read(self._reading)
+        if self._running:
+            self._step(list(self._running.values()))
+        elif self._reading is None and self._waiting:
+            time.sleep(0.001)  # no room for the next one until somebody lets go
+
+    def _admit(self) -> _Running | None:
+        """The next request, if there are a slot and pages for it. Clients take turns."""
+        with self._changed:
+            free = next((slot for slot in itertools.count() if slot not in self._running), self._slots)
+            for client, line in list(self._waiting.items()):
+                self._waiting[client] = deque(ticket for ticket in line if not ticket.cancelled)
+                if not self._waiting[client]:
+                    del self._waiting[client]
+            if free >= self._slots or not self._waiting:
+                return None
+            client, line = next(iter(self._waiting.items()))
+            request = line[0].request
+            room = min(len(request.prompt) + request.max_new_tokens, self.longest)
+            holding = self._memory.begin(request.prompt, room)
+            if holding is None:
+                return None
+            ticket = line.popleft()
+            self._waiting.move_to_end(client)
+            if not line:
+                del self._waiting[client]
+            self._counts["requests"] += 1
+            self._counts["prompt_tokens"] += len(request.prompt)
+            self._counts["cached_tokens"] += holding.cached
+        return _Running(ticket, free, holding, list(request.prompt), room, holding.cached, holding.cached)
+
+    def _read(self, one: _Running) -> None:
+        """A chunk of a prompt; after its last, the first token."""
+        width = self._steps.chunk if not self._running else self._steps.small_chunk
+        end = min(one.read + width, one.prompt_length)
+        self._memory.advance(one.holding, one.read, end)
+        self._steps.read(one.holding, one.tokens, one.read, end)
+        one.read = end
+        self._memory.record(one.holding, one.tokens[:end])
+        if end < one.prompt_length:
+            return
+        request = one.ticket.request
+        self._steps.begin(one.slot, request)
+        self._reading, self._running[one.slot] = None, one
+        self._take([one], self._steps.first(one.slot, request, one.prompt_length - 1))
+
+    def _step(self, those: list[_Running]) -> None:
+        """A token for each of those."""
+        for one in those:
+            self._memory.advance(one.holding, one.read, one.read + 1)
+        entries = [Entry(one.slot, one.ticket.request, one.holding, one.tokens[-1], one.read) for one in those]
+        drawn = self._steps.next(entries)
+        for one in those:
+            one.read += 1
+        self._take(those, drawn)
+
+    def _take(self, those: list[_Running], drawn: Sequence[Token]) -> None:
+        """Deliver tokens, and let go of the requests that they end."""
+        for one, token in zip(those, drawn, strict=True):
+            request = one.ticket.request
+            one.tokens.append(token.id)
+            if request.grammar is not None and token.id not in request.stop_ids:
+                request.grammar.accept(token.id)
+            finish = self._finish(one, token.id)
+            with self._changed:
+                self._counts["new_tokens"] += 1
+            if not one.ticket.cancelled:
+                self._deliver(one.ticket, token._replace(row=0, finish=finish))
+            if finish is not None:
+                self._leave(one)
+
+    @staticmethod
+    def _finish(one: _Running, token: int) -> str | None:
+        request = one.ticket.request
+        if token in request.stop_ids or (request.grammar is not None and request.grammar.done()):
+            return "stop"
+        return "length" if len(one.tokens) >= one.room else None
+
+    @staticmethod
+    def _deliver(ticket: Ticket, what: Token | Exception) -> None:
+        try:
+            ticket.deliver(what)
+        except Exception:
+            log.exception("a listener failed: its request is cancelled")
+            ticket.cancelled = True
+
+    def _leave(self, one: _Running) -> None:
+        """Free what a request holds; what it has read stays known until the pages are needed."""
+        self._memory.record(one.holding, one.tokens[: one.read])
+        self._memory.end(one.holding)
+        one.ticket.ended = True
+        with self._changed:
+            if one is self._reading:
+                self._reading = None
+            self._running.pop(one.slot, None)
+
+    def _end_all(self, why: Exception) -> None:
+        with self._changed:
+            tickets = [one.ticket for one in self._running.values()]
+            tickets += [self._reading.ticket] if self._reading else []
+            tickets += [ticket for line in self._waiting.values() for ticket in line]
+            self._running, self._reading = {}, None
+            self._waiting.clear()
+        for ticket in tickets:
+            if not ticket.cancelled:
+                self._deliver(ticket, why)

@@ -1,0 +1,247 @@
+"""What continuous batching asks of the device: read a chunk of a prompt, draw a token for each of some slots.
+
+Shapes are few: steps of 1, 2, 4, … slots, chunks of a few widths. The cache and the histories are donated from call to call.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemmary.config import Config
+from gemmary.infer.engine import Engine, Token
+from gemmary.infer.memory import Holding, Memory, plan_pages
+from gemmary.infer.sampling import GREEDY, Drawn, Rows, Sampling, recorded, rows_of, sample, seen_in
+from gemmary.model.attention import Marks
+from gemmary.model.pages import PAGE, PagedLayer, Pool, init_pool, page_bytes
+from gemmary.model.transformer import hidden, logits
+from gemmary.params import Params
+
+__all__ = ["Entry", "Grammar", "Request", "Steps"]
+
+_WIDTHS = (16, 64, 256, 512)
+_TOP = 20
+_MODERATE = 8192
+"""Tokens that every slot has room for where no memory was named."""
+
+
+class Grammar(Protocol):
+    """What an answer may be, token by token."""
+
+    def mask(self) -> np.ndarray:
+        """Which tokens may come next: one bit each, uint32, from the lowest bit up."""
+
+    def accept(self, token: int) -> None:
+        """That token came."""
+
+    def done(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue. `bias` is added to logits; requests of different `client`s take turns."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+    bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
+    client: str = ""
+
+
+class Entry(NamedTuple):
+    """One slot in a step: its request, its pages, and its last token with that one's position."""
+
+    slot: int
+    request: Request
+    holding: Holding
+    token: int
+    position: int
+
+
+class Steps:
+    """The device's side of a batcher with `slots`: pages of `memory` bytes, and what was drawn in each slot."""
+
+    def __init__(self, engine: Engine, slots: int, memory: int | None) -> None:
+        self._engine, self._slots = engine, slots
+        self.chunk, self.small_chunk = min(engine.chunk, _WIDTHS[-1]), _WIDTHS[-2]
+        self.num_tokens = engine.num_tokens or engine.config.num_tokens
+        if memory is None:
+            length = min(engine.config.context, _MODERATE)
+            layers = [kind.window for kind in engine.config.layer_kinds()]
+            window = (engine.config.window or 0) + self.chunk
+            one = page_bytes(engine.config, engine.dtype)
+            near = sum(2 * (min(window, length) // PAGE + 2) * one for w in layers if w is not None)
+            memory = slots * (near + layers.count(None) * math.ceil(length / PAGE) * one)
+        self._counts = plan_pages(engine.config, engine.dtype, memory, slots, self.chunk)
+        self._width = math.ceil(engine.config.context / PAGE)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with an empty cache."""
+        config, dtype = self._engine.config, self._engine.dtype
+        far, near = self._counts
+        self.memory = Memory(config, far, near, self.chunk)
+        self._pools = tuple(init_pool(config, far if k.window is None else near, dtype) for k in config.layer_kinds())
+        self._history = jnp.zeros((self._slots, config.vocab_size), jnp.int32)
+        self._bias: jax.Array | None = None
+        self._biased = set[int]()
+        self._last = jnp.zeros(config.embed_dim, dtype)
+
+    def read(self, holding: Holding | None, tokens: Sequence[int], start: int, end: int) -> None:
+        """Tokens [start, end) of a text, into its pages; the hidden state of the last stays at hand for `first`."""
+        count = end - start
+        width = next(width for width in _WIDTHS if width >= count)
+        ids = np.zeros((1, width), np.int32)
+        positions = np.full((1, width), -1, np.int32)
+        ids[0, :count], positions[0, :count] = tokens[start:end], np.arange(start, end)
+        first = start == 0
+        # Pages are laid side by side where a chunk sees earlier ones: no more of them than it needs, in powers of two.
+        table_width = self._width if first or width <= _WIDTHS[0] else min(_power(-(-end // PAGE)), self._width)
+        tables = self.memory.tables([holding], table_width)
+        self._last, self._pools = _read(
+            self._engine.config, self._engine.dtype, first, self._engine.params, self._pools, tables, ids, positions,
+            np.int32(count - 1),
+        )  # fmt: skip
+
+    def begin(self, slot: int, request: Request) -> None:
+        """A slot's history and bias are those of a new request."""
+        vocabulary = self._engine.config.vocab_size
+        self._history = _put(self._history, np.int32(slot), seen_in(request.prompt, vocabulary))
+        self._biased.discard(slot)
+        if request.bias or request.grammar is not None:
+            self._biased.add(slot)
+
+    def first(self, slot: int, request: Request, position: int) -> list[Token]:
+        """The first token after the prompt that was read last."""
+        rows = rows_of([request.sampling])
+        bias = self._biases([(slot, request)], 1)
+        top = _TOP if request.top_logprobs else 0
+        drawn, self._history = _draw_first(
+            self._engine.config, self.num_tokens, top, self._engine.params, self._last, self._history,
+            np.array([slot], np.int32), np.array([position], np.int32), rows, bias,
+        )  # fmt: skip
+        return _tokens(drawn, [request])
+
+    def next(self, entries: Sequence[Entry]) -> list[Token]:
+        """The next token of each."""
+        size = min(_power(len(entries)), self._slots)
+        requests = [entry.request for entry in entries]
+        idle = size - len(entries)
+        slots = np.array([entry.slot for entry in entries] + [self._slots] * idle, np.int32)  # past the last: nobody's
+        ids = np.array([[entry.token] for entry in entries] + [[0]] * idle, np.int32)
+        positions = np.array([[entry.position] for entry in entries] + [[-1]] * idle, np.int32)
+        tables = self.memory.tables([entry.holding for entry in entries] + [None] * idle, self._width)
+        rows = rows_of([request.sampling for request in requests] + [GREEDY] * idle)
+        bias = self._biases([(entry.slot, entry.request) for entry in entries], size)
+        top = _TOP if any(request.top_logprobs for request in requests) else 0
+        drawn, self._pools, self._history = _next(
+            self._engine.config, self._engine.dtype, self.num_tokens, top, self._engine.params, self._pools, self._history,
+            tables, slots, ids, positions, rows, bias,
+        )  # fmt: skip
+        return _tokens(drawn, requests)
+
+    def _biases(self, entries: Sequence[tuple[int, Request]], size: int) -> np.ndarray | None:
+        """What is added to the logits of each row, where any has something to add."""
+        if not any(slot in self._biased for slot, _ in entries):
+            return None
+        bias = np.zeros((size, self._engine.config.vocab_size), np.float32)
+        for row, (_, request) in enumerate(entries):
+            for token, value in request.bias.items():
+                bias[row, token] = value
+            if request.grammar is not None:
+                bits = np.unpackbits(request.grammar.mask().view(np.uint8), bitorder="little")[: bias.shape[1]]
+                bias[row, : len(bits)][bits == 0] = -np.inf
+                bias[row, len(bits) :] = -np.inf
+        return bias
+
+    def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
+        """Compile: every size of step, and every width of a chunk at a text's beginning."""
+        sizes = [1 << i for i in range((self._slots - 1).bit_length())] + [self._slots]
+        total = len(sizes) + len(_WIDTHS) + 1
+        done = itertools.count(1)
+        for width in _WIDTHS:
+            if width <= self.chunk:
+                self.read(None, [0] * width, 0, width)
+            on_progress(next(done), total)
+        request = Request([0], 1)
+        self.first(self._slots, request, 0)
+        on_progress(next(done), total)
+        for size in sizes:
+            self.next([Entry(self._slots, request, Holding([], [], 0), 0, -1)] * size)
+            on_progress(next(done), total)
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _tokens(drawn: Drawn, requests: Sequence[Request]) -> list[Token]:
+    ids, logprobs, top_ids, top = (np.asarray(part) for part in drawn)
+    found = []
+    for row, request in enumerate(requests):
+        count = request.top_logprobs
+        best = tuple(zip(top_ids[row, :count].tolist(), top[row, :count].tolist(), strict=True))
+        found.append(Token(row, int(ids[row]), float(logprobs[row]), best, None))
+    return found
+
+
+def _caches(config: Config, pools: tuple[Pool, ...], tables: tuple[Any, Any]) -> tuple[PagedLayer, ...]:
+    far, near = (jnp.asarray(table) for table in tables)
+    kinds = config.layer_kinds()
+    return tuple(
+        PagedLayer(pool, far if kind.window is None else near) for pool, kind in zip(pools, kinds, strict=True)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def _read(
+    config: Config, dtype: Any, first: bool, params: Params, pools: tuple[Pool, ...], tables: Any, ids: Any,
+    positions: Any, last: Any,
+) -> tuple[jax.Array, tuple[Pool, ...]]:  # fmt: skip
+    x, written = hidden(params, config, ids, Marks(positions), _caches(config, pools, tables), first=first, dtype=dtype)
+    return x[0, last], tuple(layer.pool for layer in written)
+
+
+@functools.partial(jax.jit, donate_argnums=(0,))
+def _put(histories: jax.Array, slot: Any, history: Any) -> jax.Array:
+    return histories.at[slot].set(history)
+
+
+def _draw(
+    config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, history: jax.Array, slots: Any, at: Any,
+    rows: Rows, bias: Any,
+) -> tuple[Drawn, jax.Array]:  # fmt: skip
+    found = logits(params, config, x[:, None])[:, 0]
+    drawn = sample(found, rows, lambda: history.at[slots].get(mode="clip"), at, num_tokens, top=top, bias=bias)
+    return drawn, recorded(history, drawn.ids, slots)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
+def _draw_first(
+    config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, history: jax.Array, slots: Any, at: Any,
+    rows: Rows, bias: Any,
+) -> tuple[Drawn, jax.Array]:  # fmt: skip
+    return _draw(config, num_tokens, top, params, x[None], history, slots, at, rows, bias)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
+def _next(
+    config: Config, dtype: Any, num_tokens: int, top: int, params: Params, pools: tuple[Pool, ...], history: jax.Array,
+    tables: Any, slots: Any, ids: Any, positions: Any, rows: Rows, bias: Any,
+) -> tuple[Drawn, tuple[Pool, ...], jax.Array]:  # fmt: skip
+    x, written = hidden(params, config, ids, Marks(positions), _caches(config, pools, tables), dtype=dtype)
+    drawn, history = _draw(config, num_tokens, top, params, x[:, 0], history, slots, positions[:, 0], rows, bias)
+    return drawn, tuple(layer.pool for layer in written), history

@@ -1,0 +1,174 @@
+"""The routes. Each reads what is asked, has it answered, and gives the answer its HTTP form."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+import time
+from importlib import resources
+from typing import TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
+
+from gemmary.gemma import Gemma
+from gemmary.infer.batching import Batcher
+from gemmary.serve.asking import prepare
+from gemmary.serve.completions import Run
+from gemmary.serve.grammar import Grammars
+from gemmary.serve.guards import FAULT, Guards, refused
+from gemmary.serve.metrics import Metrics
+from gemmary.serve.protocol import LIMITS, ApiError, Chat, Completions, parse
+from gemmary.serve.settings import Settings
+
+__all__ = ["Service", "application"]
+
+_Ask = TypeVar("_Ask", Chat, Completions)
+
+
+class Service:
+    """A model that is loading, ready, or closing: what the routes share."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.created = int(time.time())
+        self.gemma: Gemma | None = None
+        self.batcher: Batcher | None = None
+        self.grammars: Grammars | None = None
+        self.closing = False
+        self.metrics = Metrics(lambda: self.batcher.stats() if self.batcher else None)
+
+    def open(self, gemma: Gemma, batcher: Batcher) -> None:
+        """Everything is there: answer."""
+        self.grammars = Grammars(gemma.tokenizer, gemma.config.vocab_size)
+        self.gemma, self.batcher = gemma, batcher
+
+    def state(self) -> str:
+        """loading, ready or closing."""
+        return "closing" if self.closing else "ready" if self.batcher else "loading"
+
+    def model(self, name: str) -> dict[str, object]:
+        """What /v1/models says of it. Raises ApiError, status 404, for any other name."""
+        if name != self.settings.name:
+            message = f"there is no model {name[:80]!r} here: this server has {self.settings.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return {"id": self.settings.name, "object": "model", "created": self.created, "owned_by": "gemmary"}
+
+
+def application(service: Service) -> ASGIApp:
+    """The server as an ASGI application, guards and all."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))  # for the log alone
+    app.add_exception_handler(
+        Exception, lambda request, error: refused(FAULT)
+    )  # raised again then, for the guards to log
+    _add_answers(app, service)
+    _add_facts(app, service)
+    return Guards(app, service.settings, service.metrics)
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    async def answer(request: Request, kind: type[_Ask]) -> Response:
+        ask = parse(kind, await _body(request))
+        service.model(ask.model)
+        gemma, batcher, grammars = service.gemma, service.batcher, service.grammars
+        if service.closing or gemma is None or batcher is None or grammars is None:
+            message = f"the server is {service.state()}: try again later"
+            raise ApiError(503, message, code=service.state(), headers={"retry-after": "5"})
+        note, most = request.state.note, service.settings.queue
+        start = functools.partial(prepare, gemma, grammars, ask, note.client, most=most, longest=batcher.longest)
+        run = Run(gemma, ask, service.settings.name, note, service.metrics)
+        await run.begin(start, batcher.submit, request.receive)
+        return await run.response() if ask.stream else JSONResponse(await run.whole())
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await answer(request, Chat)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await answer(request, Completions)
+
+    @app.post("/v1/embeddings")
+    async def embeddings() -> Response:
+        raise ApiError(400, "this server makes no embeddings: its models generate text", code="unsupported_route")
+
+
+def _add_facts(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, object]:
+        return {"object": "list", "data": [service.model(service.settings.name)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, object]:
+        return service.model(name)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": service.state()}, 200 if service.state() == "ready" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    page, policy = _page()
+
+    @app.get("/")
+    async def chat_page() -> Response:
+        return Response(
+            page, media_type="text/html", headers={"content-security-policy": policy, "x-frame-options": "DENY"}
+        )
+
+    @app.get("/favicon.ico")
+    async def icon() -> Response:
+        return Response(status_code=204)
+
+
+async def _body(request: Request) -> bytes:
+    """The body, at most so many bytes of it. Raises ApiError for more, and for what does not say that it is JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > LIMITS.body:
+            raise ApiError(413, f"the body is over the limit of {LIMITS.body} bytes", code="body_too_large")
+    return bytes(body)
+
+
+def _page() -> tuple[bytes, str]:
+    """The chat page, and the policy that lets a browser run its own script and nothing else."""
+    page = (resources.files("gemmary.serve") / "chat.html").read_bytes()
+
+    def hashes(tag: str) -> str:
+        inside = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
+        found = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in inside]
+        return " ".join(f"'sha256-{digest}'" for digest in found) or "'none'"
+
+    policy = {
+        "default-src": "'none'", "script-src": hashes("script"), "style-src": hashes("style"), "connect-src": "'self'",
+        "img-src": "'none'", "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'", "trusted-types": "'none'",
+    }  # fmt: skip
+    return page, "; ".join(f"{name} {value}" for name, value in policy.items())
+
+
+def _no_route(request: Request, error: Exception) -> Response:
+    """No such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    what = {404: f"there is no {request.url.path[:80]!r} here", 405: f"{request.method[:16]} is not allowed here"}
+    message = what.get(error.status_code, str(error.detail))
+    return refused(ApiError(error.status_code, message, code="unknown_route", headers=error.headers or {}))
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return refused(error)
