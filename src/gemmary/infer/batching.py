@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from gemmary.errors import GemmaryError
 from gemmary.infer.engine import Engine, Token
 from gemmary.infer.memory import Holding
-from gemmary.infer.steps import Entry, Grammar, Request, Steps
+from gemmary.infer.steps import Entry, Grammar, Pending, Request, Steps
 
 __all__ = ["Batcher", "Closing", "Grammar", "Overloaded", "Request", "Stats", "Ticket"]
 
@@ -70,7 +70,7 @@ class Ticket:
 
 @dataclass(eq=False)
 class _Running:
-    """A request that has a slot. `tokens` are the prompt and what was drawn; `read` of them are in the cache."""
+    """A request that has a slot. `tokens` are the prompt and what was drawn; `read` of them are in the cache, or on the way."""
 
     ticket: Ticket
     slot: int
@@ -101,6 +101,7 @@ class Batcher:
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()
         self._running: dict[int, _Running] = {}
         self._reading: _Running | None = None
+        self._pending: tuple[list[_Running], Pending] | None = None
         self._changed = threading.Condition()
         self._closing: float | None = None
         self._counts = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "new_tokens"), 0)
@@ -161,16 +162,19 @@ class Batcher:
         with self._changed:
             self._changed.notify()
 
+    def _busy(self) -> bool:
+        return bool(self._running or self._reading or self._pending)
+
     def _queued(self) -> int:
         return sum(not ticket.cancelled for line in self._waiting.values() for ticket in line)
 
     def _serve(self) -> None:
         while True:
             with self._changed:
-                while not (self._running or self._reading or self._waiting or self._closing is not None):
+                while not (self._busy() or self._waiting or self._closing is not None):
                     self._changed.wait()
                 over = self._closing is not None and (
-                    time.monotonic() > self._closing or not (self._running or self._reading or self._waiting)
+                    time.monotonic() > self._closing or not (self._busy() or self._waiting)
                 )
             if over:
                 self._end_all(Closing("the server is shutting down"))
@@ -192,8 +196,8 @@ class Batcher:
             self._reading = self._admit()
         if self._reading is not None:
             self._read(self._reading)
-        if self._running:
-            self._step(list(self._running.values()))
+        if self._running or self._pending:
+            self._step()
         elif self._reading is None and self._waiting:
             time.sleep(0.001)  # no room for the next one until somebody lets go
 
@@ -235,21 +239,31 @@ class Batcher:
         request = one.ticket.request
         self._steps.begin(one.slot, request)
         self._reading, self._running[one.slot] = None, one
-        self._take([one], self._steps.first(one.slot, request, one.prompt_length - 1))
+        self._take([one], self._steps.first(one.slot, request, one.prompt_length - 1).tokens())
 
-    def _step(self, those: list[_Running]) -> None:
-        """A token for each of those."""
+    def _step(self) -> None:
+        """A token for each that is answered: the next step is on its way while the tokens of the one before are read."""
+        before, self._pending = self._pending, None
+        waits = any(one.ticket.request.grammar is not None for one in self._running.values())
+        if before and waits:  # a grammar must hear of a token before the next one is drawn
+            self._take(before[0], before[1].tokens())
+            before = None
+        those = [one for one in self._running.values() if one.read < one.room - 1]
         for one in those:
             self._memory.advance(one.holding, one.read, one.read + 1)
-        entries = [Entry(one.slot, one.ticket.request, one.holding, one.tokens[-1], one.read) for one in those]
-        drawn = self._steps.next(entries)
+        if those:
+            entries = [Entry(one.slot, one.ticket.request, one.holding, one.read) for one in those]
+            self._pending = those, self._steps.next(entries)
         for one in those:
             one.read += 1
-        self._take(those, drawn)
+        if before:
+            self._take(before[0], before[1].tokens())
 
     def _take(self, those: list[_Running], drawn: Sequence[Token]) -> None:
         """Deliver tokens, and let go of the requests that they end."""
         for one, token in zip(those, drawn, strict=True):
+            if one.ticket.ended:  # while its last step was on the way
+                continue
             request = one.ticket.request
             one.tokens.append(token.id)
             if request.grammar is not None and token.id not in request.stop_ids:
@@ -279,7 +293,7 @@ class Batcher:
 
     def _leave(self, one: _Running) -> None:
         """Free what a request holds; what it has read stays known until the pages are needed."""
-        self._memory.record(one.holding, one.tokens[: one.read])
+        self._memory.record(one.holding, one.tokens[: min(one.read, len(one.tokens) - 1)])
         self._memory.end(one.holding)
         one.ticket.ended = True
         with self._changed:
@@ -292,7 +306,7 @@ class Batcher:
             tickets = [one.ticket for one in self._running.values()]
             tickets += [self._reading.ticket] if self._reading else []
             tickets += [ticket for line in self._waiting.values() for ticket in line]
-            self._running, self._reading = {}, None
+            self._running, self._reading, self._pending = {}, None, None
             self._waiting.clear()
         for ticket in tickets:
             if not ticket.cancelled:

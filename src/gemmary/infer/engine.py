@@ -86,18 +86,20 @@ class Engine:
         position = lengths.copy()  # of the token just drawn, once it is fed back
         alive = np.ones(len(prompts), bool)
         while True:
-            ids, chosen, top_ids, top = (np.asarray(part) for part in state[:4])
+            drawn, full = state, alive & (position + 1 >= room)
+            if (alive & ~full).any():  # the next step runs while this one's tokens are read
+                at = jnp.asarray(np.where(alive & ~full, position, -1).astype(np.int32))
+                state, cache = _next(*static, self.params, cache, drawn[0], drawn[4], at, rows)
+            ids, chosen, top_ids, top = (np.asarray(part) for part in drawn[:4])
             step = []
             for row in np.flatnonzero(alive).tolist():
-                finish = self._finish(int(ids[row]), int(position[row]) + 1 >= int(room[row]), stop_ids)
+                finish = self._finish(int(ids[row]), bool(full[row]), stop_ids)
                 best = tuple(zip(top_ids[row].tolist(), top[row].tolist(), strict=True))
                 step.append(Token(row, int(ids[row]), float(chosen[row]), best, finish))
                 alive[row] = finish is None
             yield step
             if not alive.any():
                 return
-            at = jnp.asarray(np.where(alive, position, -1).astype(np.int32))
-            state, cache = _next(*static, self.params, cache, state[0], state[4], at, rows)
             position += 1
 
     @staticmethod

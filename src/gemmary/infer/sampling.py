@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +80,8 @@ class Rows(NamedTuple):
 def rows_of(settings: Sequence[Sampling]) -> Rows:
     """One setting per row, as arrays."""
     dtypes = {"top_k": np.int32, "seed": np.uint32}
-    return Rows(
-        *(
-            jnp.asarray(np.array([getattr(s, name) for s in settings], dtypes.get(name, np.float32)))
-            for name in Rows._fields
-        )
-    )
+    values: Any = (np.array([getattr(s, name) for s in settings], dtypes.get(name, np.float32)) for name in Rows._fields)
+    return Rows(*values)
 
 
 def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:

@@ -25,7 +25,7 @@ from gemmary.model.pages import PAGE, PagedLayer, Pool, init_pool, page_bytes
 from gemmary.model.transformer import hidden, logits
 from gemmary.params import Params
 
-__all__ = ["Entry", "Grammar", "Request", "Steps"]
+__all__ = ["Entry", "Grammar", "Pending", "Request", "Steps"]
 
 _WIDTHS = (16, 64, 256, 512)
 _TOP = 20
@@ -61,13 +61,29 @@ class Request:
 
 
 class Entry(NamedTuple):
-    """One slot in a step: its request, its pages, and its last token with that one's position."""
+    """One slot in a step: its request, its pages, and the position of its last token."""
 
     slot: int
     request: Request
     holding: Holding
-    token: int
     position: int
+
+
+class Pending(NamedTuple):
+    """A step on its way: what it draws, and for whom."""
+
+    drawn: Drawn
+    requests: Sequence[Request]
+
+    def tokens(self) -> list[Token]:
+        """Wait for it."""
+        ids, logprobs, top_ids, top = (np.asarray(part) for part in self.drawn)
+        found = []
+        for row, request in enumerate(self.requests):
+            count = request.top_logprobs
+            best = tuple(zip(top_ids[row, :count].tolist(), top[row, :count].tolist(), strict=True))
+            found.append(Token(row, int(ids[row]), float(logprobs[row]), best, None))
+        return found
 
 
 class Steps:
@@ -97,7 +113,8 @@ class Steps:
         self._history = jnp.zeros((self._slots, config.vocab_size), jnp.int32)
         self._bias: jax.Array | None = None
         self._biased = set[int]()
-        self._last = jnp.zeros(config.embed_dim, dtype)
+        self._hidden = jnp.zeros(config.embed_dim, dtype)
+        self._last = jnp.zeros(self._slots, jnp.int32)
 
     def read(self, holding: Holding | None, tokens: Sequence[int], start: int, end: int) -> None:
         """Tokens [start, end) of a text, into its pages; the hidden state of the last stays at hand for `first`."""
@@ -110,7 +127,7 @@ class Steps:
         # Pages are laid side by side where a chunk sees earlier ones: no more of them than it needs, in powers of two.
         table_width = self._width if first or width <= _WIDTHS[0] else min(_power(-(-end // PAGE)), self._width)
         tables = self.memory.tables([holding], table_width)
-        self._last, self._pools = _read(
+        self._hidden, self._pools = _read(
             self._engine.config, self._engine.dtype, first, self._engine.params, self._pools, tables, ids, positions,
             np.int32(count - 1),
         )  # fmt: skip
@@ -123,34 +140,33 @@ class Steps:
         if request.bias or request.grammar is not None:
             self._biased.add(slot)
 
-    def first(self, slot: int, request: Request, position: int) -> list[Token]:
+    def first(self, slot: int, request: Request, position: int) -> Pending:
         """The first token after the prompt that was read last."""
         rows = rows_of([request.sampling])
         bias = self._biases([(slot, request)], 1)
         top = _TOP if request.top_logprobs else 0
-        drawn, self._history = _draw_first(
-            self._engine.config, self.num_tokens, top, self._engine.params, self._last, self._history,
+        drawn, self._history, self._last = _draw_first(
+            self._engine.config, self.num_tokens, top, self._engine.params, self._hidden, self._history, self._last,
             np.array([slot], np.int32), np.array([position], np.int32), rows, bias,
         )  # fmt: skip
-        return _tokens(drawn, [request])
+        return Pending(drawn, [request])
 
-    def next(self, entries: Sequence[Entry]) -> list[Token]:
-        """The next token of each."""
+    def next(self, entries: Sequence[Entry]) -> Pending:
+        """A step for each: the token that was drawn last is fed at its position, and the next one drawn."""
         size = min(_power(len(entries)), self._slots)
         requests = [entry.request for entry in entries]
         idle = size - len(entries)
         slots = np.array([entry.slot for entry in entries] + [self._slots] * idle, np.int32)  # past the last: nobody's
-        ids = np.array([[entry.token] for entry in entries] + [[0]] * idle, np.int32)
         positions = np.array([[entry.position] for entry in entries] + [[-1]] * idle, np.int32)
         tables = self.memory.tables([entry.holding for entry in entries] + [None] * idle, self._width)
         rows = rows_of([request.sampling for request in requests] + [GREEDY] * idle)
         bias = self._biases([(entry.slot, entry.request) for entry in entries], size)
         top = _TOP if any(request.top_logprobs for request in requests) else 0
-        drawn, self._pools, self._history = _next(
+        drawn, self._pools, self._history, self._last = _next(
             self._engine.config, self._engine.dtype, self.num_tokens, top, self._engine.params, self._pools, self._history,
-            tables, slots, ids, positions, rows, bias,
+            self._last, tables, slots, positions, rows, bias,
         )  # fmt: skip
-        return _tokens(drawn, requests)
+        return Pending(drawn, requests)
 
     def _biases(self, entries: Sequence[tuple[int, Request]], size: int) -> np.ndarray | None:
         """What is added to the logits of each row, where any has something to add."""
@@ -179,23 +195,13 @@ class Steps:
         self.first(self._slots, request, 0)
         on_progress(next(done), total)
         for size in sizes:
-            self.next([Entry(self._slots, request, Holding([], [], 0), 0, -1)] * size)
+            self.next([Entry(self._slots, request, Holding([], [], 0), -1)] * size).tokens()
             on_progress(next(done), total)
 
 
 def _power(count: int) -> int:
     """The next power of two."""
     return 1 << max(count - 1, 0).bit_length()
-
-
-def _tokens(drawn: Drawn, requests: Sequence[Request]) -> list[Token]:
-    ids, logprobs, top_ids, top = (np.asarray(part) for part in drawn)
-    found = []
-    for row, request in enumerate(requests):
-        count = request.top_logprobs
-        best = tuple(zip(top_ids[row, :count].tolist(), top[row, :count].tolist(), strict=True))
-        found.append(Token(row, int(ids[row]), float(logprobs[row]), best, None))
-    return found
 
 
 def _caches(config: Config, pools: tuple[Pool, ...], tables: tuple[Any, Any]) -> tuple[PagedLayer, ...]:
@@ -221,27 +227,29 @@ def _put(histories: jax.Array, slot: Any, history: Any) -> jax.Array:
 
 
 def _draw(
-    config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, history: jax.Array, slots: Any, at: Any,
-    rows: Rows, bias: Any,
-) -> tuple[Drawn, jax.Array]:  # fmt: skip
+    config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, history: jax.Array, last: jax.Array,
+    slots: Any, at: Any, rows: Rows, bias: Any,
+) -> tuple[Drawn, jax.Array, jax.Array]:  # fmt: skip
     found = logits(params, config, x[:, None])[:, 0]
     drawn = sample(found, rows, lambda: history.at[slots].get(mode="clip"), at, num_tokens, top=top, bias=bias)
-    return drawn, recorded(history, drawn.ids, slots)
+    return drawn, recorded(history, drawn.ids, slots), last.at[slots].set(drawn.ids, mode="drop")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
 def _draw_first(
-    config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, history: jax.Array, slots: Any, at: Any,
-    rows: Rows, bias: Any,
-) -> tuple[Drawn, jax.Array]:  # fmt: skip
-    return _draw(config, num_tokens, top, params, x[None], history, slots, at, rows, bias)
+    config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, history: jax.Array, last: jax.Array,
+    slots: Any, at: Any, rows: Rows, bias: Any,
+) -> tuple[Drawn, jax.Array, jax.Array]:  # fmt: skip
+    return _draw(config, num_tokens, top, params, x[None], history, last, slots, at, rows, bias)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6, 7))
 def _next(
     config: Config, dtype: Any, num_tokens: int, top: int, params: Params, pools: tuple[Pool, ...], history: jax.Array,
-    tables: Any, slots: Any, ids: Any, positions: Any, rows: Rows, bias: Any,
-) -> tuple[Drawn, tuple[Pool, ...], jax.Array]:  # fmt: skip
+    last: jax.Array, tables: Any, slots: Any, positions: Any, rows: Rows, bias: Any,
+) -> tuple[Drawn, tuple[Pool, ...], jax.Array, jax.Array]:  # fmt: skip
+    ids = last.at[slots].get(mode="clip")[:, None]
     x, written = hidden(params, config, ids, Marks(positions), _caches(config, pools, tables), dtype=dtype)
-    drawn, history = _draw(config, num_tokens, top, params, x[:, 0], history, slots, positions[:, 0], rows, bias)
-    return drawn, tuple(layer.pool for layer in written), history
+    at = positions[:, 0]
+    drawn, history, last = _draw(config, num_tokens, top, params, x[:, 0], history, last, slots, at, rows, bias)
+    return drawn, tuple(layer.pool for layer in written), history, last

@@ -2,6 +2,7 @@
 // hands out the values a vector at a time, with the place of the first in the block. Layouts: ggml's ggml-quants.c.
 #pragma once
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace gemmary {
@@ -56,25 +57,12 @@ inline Floats with_fifth_bit(Floats v, uint32_t bits) {
 #endif
 }
 
-inline float half(const uint8_t* from) {
+inline const float* half_at(const uint8_t* from) {
   uint16_t h;
   memcpy(&h, from, sizeof h);
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
-  // A half's exponent and fraction, moved into a float's place; the product puts its bias right, denormals too.
-  const uint32_t bits = uint32_t(h & 0x7fff) << 13 | (((h & 0x7c00) == 0x7c00) ? 0x70000000u : 0u);
-  const uint32_t sign = uint32_t(h & 0x8000) << 16;
-  float v;
-  memcpy(&v, &bits, sizeof v);
-  v = (h & 0x7c00) == 0x7c00 ? v : v * 0x1p112f;
-  uint32_t out;
-  memcpy(&out, &v, sizeof out);
-  out |= sign;
-  memcpy(&v, &out, sizeof v);
-  return v;
-#endif
+  return half_floats + h;
 }
+inline float half(const uint8_t* from) { return *half_at(from); }
 
 struct Q8_0 {  // d, 32 x int8
   static constexpr int values = 32, bytes = 34;

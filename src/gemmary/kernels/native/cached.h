@@ -82,19 +82,32 @@ struct Reader {
       for (; s + kWidth <= size; s += kWidth) store(scores + s, exponential(load(scores + s) - top));
       for (; s < size; ++s) scores[s] = exponential(all(scores[s] - top))[0];
       float sum = 0;
-      float* const mixed = found + 2;
-      memset(mixed, 0, sizeof(float) * H);
-      for (s = 0; s < size; ++s) {
-        const float p = scores[s];
-        if (p == 0) continue;
-        sum += p;
-        const T* v = slots.values + s * H;
-        int64_t h = 0;
-        for (; h + kWidth <= H; h += kWidth) store(mixed + h, load(mixed + h) + p * wide(v + h));
-        for (; h < H; ++h) mixed[h] += p * wide_one(v[h]);
-      }
+      for (s = 0; s < size; ++s) sum += scores[s];
       found[1] = sum;
+      int64_t h = 0;
+      for (; h + 8 * kWidth <= H; h += 8 * kWidth) mix<8>(slots, scores, h, found + 2);
+      for (; h + kWidth <= H; h += kWidth) mix<1>(slots, scores, h, found + 2);
+      for (; h < H; ++h) {
+        float value = 0;
+        for (s = 0; s < size; ++s)
+          if (scores[s] != 0) value += scores[s] * wide_one(slots.values[s * H + h]);
+        found[2 + h] = value;
+      }
     }
+  }
+
+  // Some vectors of the values, weighed. A slot that weighs nothing may hold anything.
+  template <int vectors, typename T>
+  void mix(Slots<T> slots, const float* weights, int64_t h, float* to) const {
+    Floats sum[vectors] = {};
+    for (int64_t s = 0; s < slots.count; ++s) {
+      if (weights[s] == 0) continue;
+      const T* v = slots.values + s * c.head_dim + h;
+#pragma GCC unroll 8
+      for (int i = 0; i < vectors; ++i) sum[i] += weights[s] * wide(v + i * kWidth);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors; ++i) store(to + h + i * kWidth, sum[i]);
   }
 
   // What the chunks found, `step` floats from one to the next, as one.

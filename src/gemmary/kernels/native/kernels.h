@@ -50,6 +50,9 @@ struct Choice {
   float *values, *top, *sum;
 };
 
+// What each half (IEEE's 16 bits) stands for.
+extern const float* const half_floats;
+
 // How a matrix w [k, n] is kept: rows of k, of float, bfloat16 or int8; rows of n turned; or turned rows of blocks (blocks.h).
 enum class Kind : int32_t { f32, bf16, i8, q8_0, q4_0, q5_0, q4_k, q5_k, q6_k };
 

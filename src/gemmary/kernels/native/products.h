@@ -116,16 +116,19 @@ void few_rows(Pool& pool, const Products& p) {
     const int64_t width = piece_width(pool, factor);
     return (factor.n + width - 1) / width;
   };
+  static thread_local Scratch narrow;
+  const bool blocks = p.factors[0].kind > Kind::i8;
+  const Numbers numbers = blocks ? numbers_of(p.x, p.m, p.k, narrow) : Numbers{};
   in_pieces(pool, p, pieces, [&](int64_t i, int64_t piece) {
     const Factor& factor = p.factors[i];
     const int64_t width = piece_width(pool, factor), n = factor.n;
     const int64_t first = piece * width, last = least(first + width, n), size = last - first;
     float* const y = p.y[i] + first;
-    some_rows({p.x, p.k, n, first, last, y, n}, p.m, factor);
+    some_rows({p.x, p.k, n, first, last, y, n, &numbers}, p.m, factor);
     if (!p.gated) return;
     static thread_local Scratch scratch;
     float* const other = scratch.floats(p.m * size);
-    some_rows({p.x, p.k, n, first, last, other, size}, p.m, p.factors[1]);
+    some_rows({p.x, p.k, n, first, last, other, size, &numbers}, p.m, p.factors[1]);
     for (int64_t m = 0; m < p.m; ++m) gate(y + m * n, other + m * size, size);
   });
 }

@@ -1,7 +1,7 @@
 // A few rows times a matrix, as in decoding: all the time goes into reading the matrix, so it is read once and in order.
 #pragma once
 
-#include "blocks.h"
+#include "groups.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -39,6 +39,8 @@ struct Part {
   int64_t k, n, first, last;
   float* y;
   int64_t stride;
+  const Numbers* numbers = nullptr;  // x again, for blocks, and at which row of it this begins
+  int64_t row = 0;
 };
 
 // w as [n, k]: each result is a product of two rows, four of w's at a time.
@@ -99,21 +101,45 @@ void by_inputs(const Part& r, const T* w) {
   }
 }
 
-// w as rows of blocks, each of which is made wide once for all rows of x.
+typedef float Eight __attribute__((vector_size(32)));
+
+// w as rows of blocks, each of which is unpacked once for all rows of x.
 template <int count, typename B>
 void by_blocks(const Part& r, const uint8_t* w) {
-  const int64_t bytes = r.k / B::values * B::bytes;
+  const int64_t bytes = r.k / B::values * B::bytes, groups_of_row = r.k / 32;
+  const int16_t* const x = r.numbers->x + r.row * r.k;
+  const float* const scales = r.numbers->scale + r.row * groups_of_row;
+  const float* const sums = r.numbers->sum + r.row * groups_of_row;
   const uint8_t* block = w + r.first * bytes;
   for (int64_t n = 0; n < r.last - r.first; ++n) {
-    Floats sum[2][count] = {};
-    for (int64_t p = 0; p < r.k; p += B::values, block += B::bytes) {
+    Floats sum[count] = {};
+    Eight under[count] = {};
+    for (int64_t p = 0; p < groups_of_row; p += B::values / 32, block += B::bytes) {
       __builtin_prefetch(block + 2048);
-      B::each(block, [&](int at, Floats value) __attribute__((always_inline)) {
+      groups(B{}, block, [&](int g, Shorts q, const float* scale) __attribute__((always_inline)) {
+        const Floats wide = all(*scale);
 #pragma GCC unroll 4
-        for (int m = 0; m < count; ++m) sum[at / kWidth % 2][m] += value * load(r.x + m * r.k + p + at);
+        for (int m = 0; m < count; ++m) {
+          const int64_t at = m * groups_of_row + p + g;
+          sum[m] += dot(q, x + 32 * at) * (wide * all(scales[at]));
+        }
       });
+      if constexpr (kHasLeast<B>) {
+        Eight less;
+        leasts(block, reinterpret_cast<float*>(&less));
+        for (int m = 0; m < count; ++m) {
+          Eight sums_of_groups;
+          memcpy(&sums_of_groups, sums + m * groups_of_row + p, sizeof sums_of_groups);
+          under[m] += less * sums_of_groups;
+        }
+      }
     }
-    for (int m = 0; m < count; ++m) r.y[m * r.stride + n] = sum_of(sum[0][m] + sum[1][m]);
+    for (int m = 0; m < count; ++m) {
+      float total = sum_of(sum[m]);
+      if constexpr (kHasLeast<B>)
+        for (int i = 0; i < 8; ++i) total -= under[m][i];
+      r.y[m * r.stride + n] = total;
+    }
   }
 }
 
@@ -151,6 +177,7 @@ inline void some_rows(Part part, int64_t m, const Factor& factor) {
     const int64_t count = m >= 4 ? 4 : m >= 2 ? 2 : 1;
     (count == 4 ? few<4> : count == 2 ? few<2> : few<1>)(part, factor);
     part.x += count * part.k;
+    part.row += count;
     part.y += count * part.stride;
     m -= count;
   }

@@ -14,8 +14,93 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Threads take pieces until none are left. The caller takes its share, and waits only for pieces that were taken: XLA may
-// have no other thread free, and one that comes late finds nothing to do.
+// Pieces of one kernel's work, which any thread may take.
+class Job {
+ public:
+  Job(int64_t count, void (*run)(void*, int64_t), void* context) : count_(count), run_(run), context_(context) {}
+
+  void work() {
+    int64_t mine = 0;
+    for (int64_t i; (i = next_.fetch_add(1)) < count_; ++mine) run_(context_, i);
+    if (mine == 0) return;
+    std::lock_guard lock(mutex_);
+    if (done_.fetch_add(mine) + mine == count_) ended_.notify_one();
+  }
+
+  void wait() {
+    for (int i = 0; i < kPatience && done_.load() != count_; ++i) pause();
+    std::unique_lock lock(mutex_);
+    ended_.wait(lock, [this] { return done_.load() == count_; });
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  static constexpr int kPatience = 500;  // some twenty microseconds: less than it takes to wake a thread
+
+ private:
+  const int64_t count_;
+  void (*const run_)(void*, int64_t);
+  void* const context_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<int64_t> done_{0};
+  std::mutex mutex_;
+  std::condition_variable ended_;
+};
+
+// XLA's threads that have just worked stay a moment for the next kernel, which comes within microseconds in a decoding step:
+// waking one takes longer than many a kernel.
+class Crew {
+ public:
+  // How many threads saw the job offered to them; those that wait take it, those that don't are to be called.
+  int offer(const std::shared_ptr<Job>& job) {
+    std::lock_guard lock(mutex_);
+    job_ = job;
+    turn_.fetch_add(1);
+    return waiting_;
+  }
+
+  void retire(const std::shared_ptr<Job>& job) {
+    std::lock_guard lock(mutex_);
+    if (job_ == job) job_.reset();
+  }
+
+  // A thread's stay: its own job, then what is offered until nothing has come for a while.
+  void stay(std::shared_ptr<Job> job) {
+    while (job) {
+      job->work();
+      job.reset();
+      int64_t turn;
+      {
+        std::lock_guard lock(mutex_);
+        ++waiting_;
+        turn = turn_.load();
+      }
+      for (int i = 0; i < 4 * Job::kPatience && turn_.load(std::memory_order_relaxed) == turn; ++i) Job::pause();
+      std::lock_guard lock(mutex_);
+      --waiting_;
+      if (turn_.load() != turn) job = job_;
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::shared_ptr<Job> job_;
+  std::atomic<int64_t> turn_{0};
+  int waiting_ = 0;
+};
+
+// Never destroyed: XLA's threads may outlive what is.
+Crew& crew() {
+  static Crew* const one = new Crew;
+  return *one;
+}
+
+// The caller takes its share of the pieces, and waits only for those that were taken: XLA may have no other thread free, and one
+// that comes late finds nothing to do.
 class XlaPool final : public Pool {
  public:
   explicit XlaPool(ffi::ThreadPool pool) : pool_(pool), threads_(int(pool.num_threads())) {}
@@ -24,37 +109,15 @@ class XlaPool final : public Pool {
 
   void run(int64_t count, void (*run)(void*, int64_t), void* context) override {
     auto job = std::make_shared<Job>(count, run, context);
-    for (int64_t i = 1; i < threads() && i < count; ++i) pool_.Schedule([job] { job->work(); });
+    const int64_t helpers = std::min<int64_t>(threads(), count) - 1;
+    if (helpers > 0)
+      for (int64_t i = crew().offer(job); i < helpers; ++i) pool_.Schedule([job] { crew().stay(job); });
     job->work();
     job->wait();
+    crew().retire(job);
   }
 
  private:
-  struct Job {
-    const int64_t count;
-    void (*const run)(void*, int64_t);
-    void* const context;
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
-    std::mutex mutex;
-    std::condition_variable ended;
-
-    Job(int64_t count, void (*run)(void*, int64_t), void* context) : count(count), run(run), context(context) {}
-
-    void work() {
-      int64_t mine = 0;
-      for (int64_t i; (i = next.fetch_add(1)) < count; ++mine) run(context, i);
-      if (mine == 0) return;
-      std::lock_guard lock(mutex);
-      if ((done += mine) == count) ended.notify_one();
-    }
-
-    void wait() {
-      std::unique_lock lock(mutex);
-      ended.wait(lock, [this] { return done == count; });
-    }
-  };
-
   ffi::ThreadPool pool_;
   const int threads_;
 };
