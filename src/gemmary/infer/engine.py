@@ -19,7 +19,7 @@ import numpy as np
 
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
-from gemmary.infer.sampling import GREEDY, Rows, Sampling, highest, recorded, rows_of, sample, seen_in
+from gemmary.infer.sampling import GREEDY, Drawn, Rows, Sampling, highest, recorded, rows_of, sample, seen_in
 from gemmary.model.attention import Marks
 from gemmary.model.cache import Cache, init_cache
 from gemmary.model.transformer import hidden, logits
@@ -28,6 +28,7 @@ from gemmary.params import Params, is_stacked, unstack
 __all__ = ["Engine", "Token"]
 
 _CHUNK = 512
+_AT_ONCE = 4
 _ROUND = 64
 
 
@@ -82,25 +83,25 @@ class Engine:
         cache, last = self._prefill(prompts, int(room.max()))
         seen = np.stack([seen_in(prompt, self.config.vocab_size) for prompt in prompts])
         static = (self.config, self.dtype, self.num_tokens or self.config.num_tokens, top_logprobs)
-        state = _first(*static, self.params, last, jnp.asarray(seen), jnp.asarray(lengths - 1), rows)
+        ids, seen, drawn = _first(*static, self.params, last, jnp.asarray(seen), jnp.asarray(lengths - 1), rows)
+        steps = [tuple(np.asarray(part) for part in drawn)]
         position = lengths.copy()  # of the token just drawn, once it is fed back
         alive = np.ones(len(prompts), bool)
         while True:
-            drawn, full = state, alive & (position + 1 >= room)
-            if (alive & ~full).any():  # the next step runs while this one's tokens are read
-                at = jnp.asarray(np.where(alive & ~full, position, -1).astype(np.int32))
-                state, cache = _next(*static, self.params, cache, drawn[0], drawn[4], at, rows)
-            ids, chosen, top_ids, top = (np.asarray(part) for part in drawn[:4])
-            step = []
-            for row in np.flatnonzero(alive).tolist():
-                finish = self._finish(int(ids[row]), bool(full[row]), stop_ids)
-                best = tuple(zip(top_ids[row].tolist(), top[row].tolist(), strict=True))
-                step.append(Token(row, int(ids[row]), float(chosen[row]), best, finish))
-                alive[row] = finish is None
-            yield step
-            if not alive.any():
-                return
-            position += 1
+            for token_ids, chosen, top_ids, top in steps:
+                step = []
+                for row in np.flatnonzero(alive).tolist():
+                    finish = self._finish(int(token_ids[row]), int(position[row]) + 1 >= int(room[row]), stop_ids)
+                    best = tuple(zip(top_ids[row].tolist(), top[row].tolist(), strict=True))
+                    step.append(Token(row, int(token_ids[row]), float(chosen[row]), best, finish))
+                    alive[row] = finish is None
+                yield step
+                if not alive.any():
+                    return
+                position += 1
+            at = np.where(alive, position - 1, -1).astype(np.int32)
+            ids, seen, cache, drawn = _next(*static, self.params, cache, ids, seen, at, rows)
+            steps = list(zip(*(np.asarray(part) for part in drawn), strict=True))
 
     @staticmethod
     def _finish(token: int, full: bool, stop_ids: Sequence[int]) -> str | None:
@@ -193,14 +194,6 @@ def _read(
     return jnp.where(here[:, None], picked, last), written
 
 
-def _draw(
-    config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, seen: jax.Array, at: jax.Array, rows: Rows
-) -> tuple[jax.Array, ...]:
-    """From hidden states [B, D] to (ids, their log-probs, top ids, top log-probs, seen)."""
-    drawn = sample(logits(params, config, x[:, None])[:, 0], rows, lambda: seen, at, num_tokens, top=top)
-    return *drawn, recorded(seen, drawn.ids)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
 def _first(
     config: Config,
@@ -212,12 +205,14 @@ def _first(
     seen: jax.Array,
     at: jax.Array,
     rows: Rows,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, Drawn]:
     """The first token of each row, from the prompt's last hidden state."""
-    return _draw(config, num_tokens, top, params, last.astype(dtype), seen, at, rows)
+    found = logits(params, config, last.astype(dtype)[:, None])[:, 0]
+    drawn = sample(found, rows, lambda: seen, at, num_tokens, top=top)
+    return drawn.ids, recorded(seen, drawn.ids), drawn
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 7))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6, 7))
 def _next(
     config: Config,
     dtype: Any,
@@ -229,11 +224,21 @@ def _next(
     seen: jax.Array,
     at: jax.Array,
     rows: Rows,
-) -> tuple[tuple[jax.Array, ...], Cache]:
-    """One decoding step: feed the last tokens at their positions (-1: the row is done), draw the next."""
-    x, written = hidden(params, config, ids[:, None], Marks(at[:, None]), cache, dtype=dtype)
-    assert written is not None
-    return _draw(config, num_tokens, top, params, x[:, 0], seen, at, rows), written
+) -> tuple[jax.Array, jax.Array, Cache, Drawn]:
+    """`_AT_ONCE` decoding steps: feed the last tokens at their positions (-1: the row is done), draw the next.
+
+    What comes after a row's last token is for nobody: one dispatch costs more than a few tokens too many.
+    """
+
+    def step(state: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], Drawn]:
+        cache, ids, seen, at = state
+        x, written = hidden(params, config, ids[:, None], Marks(at[:, None]), cache, dtype=dtype)
+        found = logits(params, config, x)[:, 0]
+        drawn = sample(found, rows, lambda: seen, at, num_tokens, top=top)
+        return (written, drawn.ids, recorded(seen, drawn.ids), jnp.where(at < 0, at, at + 1)), drawn
+
+    (cache, ids, seen, _), drawn = jax.lax.scan(step, (cache, ids, seen, at), None, length=_AT_ONCE)
+    return ids, seen, cache, drawn
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(6,))

@@ -80,7 +80,9 @@ class Rows(NamedTuple):
 def rows_of(settings: Sequence[Sampling]) -> Rows:
     """One setting per row, as arrays."""
     dtypes = {"top_k": np.int32, "seed": np.uint32}
-    values: Any = (np.array([getattr(s, name) for s in settings], dtypes.get(name, np.float32)) for name in Rows._fields)
+    values: Any = (
+        np.array([getattr(s, name) for s in settings], dtypes.get(name, np.float32)) for name in Rows._fields
+    )
     return Rows(*values)
 
 

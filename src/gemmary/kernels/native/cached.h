@@ -47,18 +47,21 @@ struct Reader {
     return key >= 0 && key <= query && (c.window == 0 || key > query - c.window);
   }
 
-  template <typename T>
-  float score(int64_t i, const T* k) const {
-    const float* q = c.q + place(i);
-    Floats sum[2] = {};
+  // Products of a query with some keys.
+  template <int keys, typename T>
+  void score(const float* q, const T* k, float* to) const {
+    const int64_t H = c.head_dim;
+    Floats sum[keys] = {};
     int64_t h = 0;
-    for (; h + 2 * kWidth <= c.head_dim; h += 2 * kWidth) {
-      sum[0] += load(q + h) * wide(k + h);
-      sum[1] += load(q + h + kWidth) * wide(k + h + kWidth);
+    for (; h + kWidth <= H; h += kWidth) {
+      const Floats query = load(q + h);
+#pragma GCC unroll 4
+      for (int i = 0; i < keys; ++i) sum[i] += query * wide(k + i * H + h);
     }
-    float total = sum_of(sum[0] + sum[1]);
-    for (; h < c.head_dim; ++h) total += q[h] * wide_one(k[h]);
-    return total;
+    for (int i = 0; i < keys; ++i) {
+      to[i] = sum_of(sum[i]);
+      for (int64_t rest = h; rest < H; ++rest) to[i] += q[rest] * wide_one(k[i * H + rest]);
+    }
   }
 
   // For each query over these slots its highest score, the sum of exponentials below it, and the values mixed.
@@ -68,13 +71,18 @@ struct Reader {
     for (int64_t i = 0; i < queries; ++i, found += H + 2) {
       const int32_t query = position(i);
       float top = kNothing;
-      for (int64_t s = 0; s < size; ++s) {
-        scores[s] = kNothing;
-        if (!sees(query, slots.positions[s])) continue;
-        float value = score(i, slots.keys + s * H);
-        if (c.softcap > 0) value = c.softcap * hyperbolic_tangent(all(value / c.softcap))[0];
-        scores[s] = value;
-        top = value > top || value != value ? value : top;  // a NaN is kept
+      const float* const q = c.q + place(i);
+      for (int64_t s = 0; s < size; s += 4) {
+        const int64_t some = least(4, size - s);
+        if (some == 4) score<4>(q, slots.keys + s * H, scores + s);
+        else
+          for (int64_t j = s; j < size; ++j) score<1>(q, slots.keys + j * H, scores + j);
+        for (int64_t j = s; j < s + some; ++j) {
+          float value = sees(query, slots.positions[j]) ? scores[j] : kNothing;  // what is not seen may hold anything
+          if (c.softcap > 0 && value != kNothing) value = c.softcap * hyperbolic_tangent(all(value / c.softcap))[0];
+          scores[j] = value;
+          top = value > top || value != value ? value : top;  // a NaN is kept
+        }
       }
       found[0] = top;
       if (top == kNothing) continue;
