@@ -1,6 +1,6 @@
 """What tuning does to real weights: adapters of Gemma 3 270M on conversations, and a reward model on preferences.
 
-    python benchmarks/sample_tuning.py --instructions FILE … --preferences FILE … [--steps 160]
+    python benchmarks/sample_tuning.py --instructions FILE … --preferences FILE … [--steps 120]
         [--reward-steps 60] [--out out/sample] [--json OUT]
 
 `runs/lora.toml` over the files (each a source, a tenth of it held out): the held-out loss before the first step and after the
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instructions", type=Path, nargs="+", required=True)
     parser.add_argument("--preferences", type=Path, nargs="+", required=True)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--reward-steps", type=int, default=60)
     parser.add_argument("--questions", type=int, default=24, help="of each source")
     parser.add_argument("--out", type=Path, default=Path("out/sample"))

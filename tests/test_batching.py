@@ -50,14 +50,14 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return list(map(int, np.random.default_rng(seed).integers(1, 60, length)))
 
 
-def alone(engine: Engine, request: Request) -> list[int]:
-    steps = engine.generate(
-        [list(request.prompt)],
-        max_new_tokens=request.max_new_tokens,
-        sampling=request.sampling,
-        stop_ids=request.stop_ids,
-    )
-    return [step[0].id for step in steps]
+def together(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    """The engine's answers to all, in one batch: a row does not depend on the others (tests/test_engine.py)."""
+    rows: list[list[int]] = [[] for _ in requests]
+    prompts, settings = [list(one.prompt) for one in requests], [one.sampling for one in requests]
+    for step in engine.generate(prompts, max_new_tokens=max(one.max_new_tokens for one in requests), sampling=settings):
+        for token in step:
+            rows[token.row].append(token.id)
+    return [row[: request.max_new_tokens] for row, request in zip(rows, requests, strict=True)]
 
 
 @pytest.fixture
@@ -88,8 +88,7 @@ def test_answers_are_those_of_each_alone(kind: str) -> None:
     requests += [Request(shared + prompt(3, seed), 20) for seed in range(3)]  # found in the cache
     requests += [Request(prompt(20, 3), 20, Sampling(0.0, repetition_penalty=1.5)), Request(prompt(20, 3), 1)]
     callers = [Caller(batcher, request) for request in requests]
-    for request, caller in zip(requests, callers, strict=True):
-        assert caller.ids() == alone(model, request)
+    assert [caller.ids() for caller in callers] == together(model, requests)
     assert batcher.stats().cached_tokens >= 256
     assert batcher.stats().busy == 0
     batcher.close()
@@ -170,7 +169,7 @@ def test_a_grammar_decides_what_may_come(batcher: Batcher) -> None:
     caller = Caller(batcher, Request(prompt(12), 10, Sampling(1.0, seed=2), grammar=Counting()))
     assert caller.ids() == [3, 4, 5]
     assert caller.got[-1].finish == "stop"  # type: ignore[union-attr]
-    assert beside.ids() == alone(engine("gemma3"), Request(prompt(12), 10))
+    assert beside.ids() == together(engine("gemma3"), [Request(prompt(12), 10)])[0]
 
 
 def test_what_is_cancelled_is_let_go_and_the_next_is_served(batcher: Batcher) -> None:
@@ -233,8 +232,7 @@ def test_long_and_short_share_the_memory() -> None:
     assert batcher.longest == 12 * PAGE
     requests = [Request(prompt(length, length), 30) for length in (batcher.longest - 40, 10, 20, 250, 30, 400)]
     callers = [Caller(batcher, request) for request in requests]
-    for request, caller in zip(requests, callers, strict=True):
-        assert caller.ids() == alone(model, request)
+    assert [caller.ids() for caller in callers] == together(model, requests)
     with pytest.raises(GemmaryError, match=f"there is memory for {batcher.longest} with the answer"):
         Caller(batcher, Request(prompt(batcher.longest), 5))
     batcher.close()
@@ -287,7 +285,7 @@ def test_warm_up_compiles_and_changes_nothing() -> None:
     batcher.warm_up(lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1]
     request = Request(prompt(30), 12)
-    assert Caller(batcher, request).ids() == alone(model, request)
+    assert Caller(batcher, request).ids() == together(model, [request])[0]
     batcher.close()
 
 

@@ -109,6 +109,9 @@ def test_q8_0_is_close_and_says_so(made: Made, tmp_path: Path) -> None:
     path, values = made["gemma3"]
     with open_model(_convert(path, tmp_path / "q.gguf", "gguf", gguf_type="Q8_0")) as checkpoint:
         assert checkpoint.dtype("attn.q") == "Q8_0"
+    with open_model(_convert(path, tmp_path / "q4.gguf", "gguf", gguf_type="Q4_0")) as checkpoint:
+        assert checkpoint.dtype("attn.q") == "Q4_0"
+        assert checkpoint.dtype("embed") == "Q8_0"  # the embedding is also the output
         for (name, layer), value in values.items():
             found, wide = checkpoint.weight(name, layer).astype(np.float32), value.astype(np.float32)
             # Half a step of a 127th of the largest, rounded by an fp16 scale; norms are fp32 and exact.

@@ -94,7 +94,7 @@ def convert_(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Where to write: a directory, or a .gguf file.")],
     to: Annotated[str, typer.Option(help=" | ".join(FORMATS))],
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default as stored.")] = None,
-    gguf_type: Annotated[str | None, typer.Option(help="F32, BF16 or Q8_0 for the matrices of a GGUF.")] = None,
+    gguf_type: Annotated[str | None, typer.Option(help="F32, BF16, Q8_0 or Q4_0 for the matrices of a GGUF.")] = None,
     hub: Hub = False,
 ) -> None:
     """Write a model in another format; there and back is bit-identical."""

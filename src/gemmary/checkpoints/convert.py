@@ -21,7 +21,7 @@ import numpy as np
 from gemmary.adapters import merge
 from gemmary.checkpoints.checkpoint import Checkpoint, config_to_json, in_dtype, staged
 from gemmary.checkpoints.gguf import fields_for
-from gemmary.checkpoints.gguf_file import GGUFWriter
+from gemmary.checkpoints.gguf_file import WRITE_TYPES, GGUFWriter
 from gemmary.checkpoints.huggingface import write_side_files
 from gemmary.checkpoints.names import Stored, join, layout, stored_shape
 from gemmary.checkpoints.native import NativeWriter
@@ -37,7 +37,7 @@ __all__ = ["DTYPES", "FORMATS", "GGUF_TYPES", "convert", "quantize_model"]
 
 FORMATS = ("native", "hf", "gguf", "kaggle")
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-GGUF_TYPES = ("F32", "BF16", "Q8_0")
+GGUF_TYPES = WRITE_TYPES
 
 Progress = Callable[[int, int], None]
 """Called with the parameters done and their total."""
@@ -54,7 +54,7 @@ def convert(
 ) -> None:
     """Write `source` to `destination` in format `to` (a directory, or a file for gguf).
 
-    `dtype` (float32, bfloat16) changes the stored values' type; `gguf_type` (F32, BF16, Q8_0) that of a GGUF's matrices.
+    `dtype` (float32, bfloat16) changes the stored values' type; `gguf_type` (F32, BF16, Q8_0, Q4_0) that of a GGUF's matrices.
     Raises GemmaryError for an unknown format or type, an existing destination or too little disk; nothing is left behind.
     """
     _check(to, FORMATS, "format")
@@ -188,7 +188,13 @@ def _to_gguf(reader: _Reader, stage: Path, gguf_type: str | None) -> None:
     config = reader.config
     matrix = gguf_type or {"float32": "F32", "bfloat16": "BF16"}[reader.dtype_name]
     rows = _rows("gguf", config)
-    plan = [(row.at(i), stored_shape(row, config), "F32" if row.one_plus else matrix) for row, i in rows]
+
+    def kind_of(row: Stored) -> str:
+        if row.one_plus:
+            return "F32"
+        return "Q8_0" if matrix == "Q4_0" and "embed" in row.members else matrix  # the embedding is also the output
+
+    plan = [(row.at(i), stored_shape(row, config), kind_of(row)) for row, i in rows]
     fields = fields_for(config, reader.source.tokenizer(), reader.source, stage.stem)
     with GGUFWriter(stage, fields, plan) as writer:
         for row, i in rows:

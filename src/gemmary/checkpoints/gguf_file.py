@@ -41,7 +41,7 @@ _PLAIN: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 READ_TYPES = (*_PLAIN, "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
-WRITE_TYPES = ("F32", "BF16", "Q8_0")
+WRITE_TYPES = ("F32", "BF16", "Q8_0", "Q4_0")
 
 
 @dataclass(frozen=True)

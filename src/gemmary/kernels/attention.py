@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gemmary.kernels.library import instructions
+from gemmary.kernels.library import instructions, kernel
 
 __all__ = [
     "attention",
@@ -74,7 +74,7 @@ def late_attention(
     like = jax.ShapeDtypeStruct(wide.shape, jnp.float32), jax.ShapeDtypeStruct((B, N, k.shape[1]), jnp.float32)
     places = key_positions.astype(jnp.int32)
     given = wide, k.astype(jnp.float32), v.astype(jnp.float32), places, jnp.zeros_like(places), asks
-    out, _ = jax.ffi.ffi_call("gemmary_attend", like)(*given, **_limits(window or 0, softcap or 0.0))
+    out, _ = kernel("attend", like)(*given, **_limits(window or 0, softcap or 0.0))
     return jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, T, 0))(out, start).astype(q.dtype)
 
 
@@ -103,7 +103,7 @@ def cached_attention(
     """
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (wide[0], keys, values, slot_positions)]
-    call = jax.ffi.ffi_call("gemmary_attend_cached", like, input_output_aliases={4: 1, 5: 2, 6: 3})
+    call = kernel("attend_cached", like, input_output_aliases={4: 1, 5: 2, 6: 3})
     limits = _limits(window or 0, softcap or 0.0)
     out, *cache = call(*wide, positions.astype(jnp.int32), keys, values, slot_positions, **limits)
     return out.astype(q.dtype), cache[0], cache[1], cache[2]
@@ -146,7 +146,7 @@ def _in_pages(
     qkv: list[Array], positions: Array, table: Array, keys: Array, values: Array, **attributes: Any
 ) -> tuple[Array, Array, Array]:
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv[0], keys, values)]
-    call = jax.ffi.ffi_call("gemmary_attend_pages", like, input_output_aliases={5: 1, 6: 2})
+    call = kernel("attend_pages", like, input_output_aliases={5: 1, 6: 2})
     out, keys, values = call(*qkv, positions.astype(jnp.int32), table.astype(jnp.int32), keys, values, **attributes)
     return out, keys, values
 
@@ -166,13 +166,13 @@ def _forward(
     B, T, N, _ = q.shape
     like = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
     given = q, k, v, positions.astype(jnp.int32), segments.astype(jnp.int32)
-    out, log_sum = jax.ffi.ffi_call("gemmary_attend", like)(*given, given[3], **_limits(window, softcap))
+    out, log_sum = kernel("attend", like)(*given, given[3], **_limits(window, softcap))
     return out, (*given, out, log_sum)
 
 
 def _backward(window: int, softcap: float, kept: tuple[Array, ...], d_out: Array) -> tuple[Any, ...]:
     like = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in kept[:3])
-    grads = jax.ffi.ffi_call("gemmary_attend_gradient", like)(*kept, d_out, **_limits(window, softcap))
+    grads = kernel("attend_gradient", like)(*kept, d_out, **_limits(window, softcap))
     return (*grads, None, None)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gemmary.kernels.library import instructions
+from gemmary.kernels.library import instructions, kernel
 
 __all__ = ["choose", "serves_choice"]
 
@@ -26,6 +26,6 @@ def choose(
         jax.ShapeDtypeStruct((B, count), jnp.int32),
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, count), (B,), (B,))),
     ]
-    call = jax.ffi.ffi_call("gemmary_choose", like)
+    call = kernel("choose", like)
     places, values, top, total = call(logits.astype(jnp.float32), known=np.int64(known))
     return places, values, top + jnp.log(total)

@@ -6,11 +6,13 @@ import ctypes
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
-__all__ = ["instructions"]
+__all__ = ["instructions", "kernel"]
 
 _LIBRARY = "libgemmary_kernels.so"
 _TARGETS = (
@@ -42,3 +44,10 @@ def instructions() -> str | None:
     for target in _TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return name.decode()
+
+
+def kernel(name: str, results: Any, **options: Any) -> Callable[..., Any]:
+    """A kernel as a function of arrays, with results of these shapes (see `jax.ffi.ffi_call`)."""
+    instructions()  # makes it known to XLA
+    call: Callable[..., Any] = jax.ffi.ffi_call(f"gemmary_{name}", results, **options)
+    return call

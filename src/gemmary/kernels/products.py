@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemmary.errors import GemmaryError
-from gemmary.kernels.library import instructions
+from gemmary.kernels.library import instructions, kernel
 
 __all__ = ["BLOCKS", "Factor", "lookup", "products", "row_bytes", "serves_blocks", "serves_rows"]
 
@@ -75,7 +75,7 @@ def _call(x: Array, ws: list[Array], kinds: tuple[int, ...], turned: tuple[bool,
     columns = [w.shape[0 if t else 1] for w, t in zip(ws, turned, strict=True)]
     like = [jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32) for n in (columns[:1] if gated else columns)]
     attributes = {"kinds": np.array(kinds, np.int32), "turned": np.array(turned, np.int32), "gated": gated}
-    call = jax.ffi.ffi_call("gemmary_products", like, vmap_method="sequential")
+    call = kernel("products", like, vmap_method="sequential")
     out: list[Array] = list(call(x.astype(jnp.float32), *ws, **attributes))
     return out
 
@@ -116,6 +116,6 @@ _plain.defvjp(_plain_forward, _plain_backward)
 def lookup(rows: Int[Array, ...], w: Array, kind: str, size: int) -> Float[Array, "... K"]:
     """Rows of blocks as fp32, `size` values each; one that there is not is NaN."""
     like = jax.ShapeDtypeStruct((math.prod(rows.shape), size), jnp.float32)
-    call = jax.ffi.ffi_call("gemmary_lookup", like, vmap_method="sequential")
+    call = kernel("lookup", like, vmap_method="sequential")
     out: Array = call(w, rows.reshape(-1).astype(jnp.int32), kind=np.int32(_NUMBERS[kind]))
     return out.reshape(*rows.shape, size)

@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
         try:
             gemma = load(settings.model, dtype=settings.dtype, hub=settings.hub)
             batcher = Batcher(gemma.engine, slots=settings.slots, queue=settings.queue, memory=settings.memory)
-            batcher.warm_up()
+            batcher.warm_up(lambda done, total: log("compiling", done=done, of=total))
             self.service.open(gemma, batcher)
             log("ready", model=settings.name)
         except GemmaryError as error:
