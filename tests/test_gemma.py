@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from gemmary import Gemma, GemmaryError, Sampling, load
 from gemmary.chat import converse
+from gemmary.text import Tokenizer
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "sample.json").read_text(encoding="utf-8"))
 
@@ -119,3 +121,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     asked = _converse(sample, "One\nTwo\n", monkeypatch)
     assert len(asked) == 2
     assert "(stopped)" in capsys.readouterr().err
+
+
+def test_guessing_gives_the_same_text_and_wants_the_same_tokenizer(sample: Gemma, tiny: Tokenizer) -> None:
+    asked = "def add(a, b):\n    return a + b\n\ndef add(a, b):\n"
+    plain = sample.generate(asked, max_new_tokens=12)
+    assert sample.generate(asked, max_new_tokens=12, look_up=True).token_ids == plain.token_ids
+    assert sample.generate(asked, max_new_tokens=12, draft=sample).token_ids == plain.token_ids
+    with pytest.raises(GemmaryError, match="the draft model has another tokenizer"):
+        sample.generate(asked, draft=dataclasses.replace(sample, tokenizer=tiny))

@@ -129,15 +129,18 @@ def generate_(
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
     logprobs: Annotated[int, typer.Option(help="With --json, also this many likeliest tokens per step.")] = 0,
+    look_up: Annotated[bool, typer.Option("--look-up", help="Guess what followed the last tokens before.")] = False,
+    draft: Annotated[str | None, typer.Option(help="A smaller model of the same tokenizer, to guess with.")] = None,
     dtype: Dtype = None,
     as_json: Json = False,
     hub: Hub = False,
 ) -> None:
-    """Continue a text."""
+    """Continue a text. --look-up and --draft change how fast it comes, and not what comes."""
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
     text = sys.stdin.read() if prompt == "-" else prompt
     gemma = _load(model, dtype, hub)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or []}
+    options |= {"look_up": look_up, "draft": _load(draft, dtype, hub) if draft else None}
     if as_json:
         print(json.dumps(gemma.generate(text, top_logprobs=logprobs, **options).to_json()))
         return

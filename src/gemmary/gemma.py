@@ -20,6 +20,7 @@ from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.infer.engine import Engine, Token
 from gemmary.infer.sampling import GREEDY, Sampling
+from gemmary.infer.speculation import Draft, LookUp, speculate
 from gemmary.params import Params, layered_names
 from gemmary.text.answers import Answer
 from gemmary.text.dialogue import encode_dialogue
@@ -113,27 +114,38 @@ class Gemma:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         top_logprobs: int = 0,
+        look_up: bool = False,
+        draft: Gemma | None = None,
     ) -> Iterator[Piece]:
         """Yield an answer piece by piece; texts joined are the answer's text.
 
-        Text that might begin a stop string is held back until it is known not to. Raises GemmaryError as the engine does.
+        Text that might begin a stop string is held back until it is known not to. With `look_up`, or a `draft` model of the same
+        tokenizer, the same tokens come several at a time (`infer.speculation`). Raises GemmaryError as the engine does.
         """
         answer = Answer(self.tokenizer, stop)
         if max_new_tokens < 1:
             raise GemmaryError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        steps = self.engine.generate(
-            [self.prompt_ids(prompt)],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_ids=self.tokenizer.stop_ids,
-            top_logprobs=top_logprobs,
-        )
-        for (token,) in steps:
+        ids = self.prompt_ids(prompt)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "sampling": sampling, "stop_ids": self.tokenizer.stop_ids,
+            "top_logprobs": top_logprobs,
+        }  # fmt: skip
+        if draft is not None or look_up:
+            guesser = LookUp() if draft is None else self._draft(draft, len(ids) + max_new_tokens)
+            tokens: Iterator[Token] = speculate(self.engine, ids, guesser, **options)
+        else:
+            tokens = (token for (token,) in self.engine.generate([ids], **options))
+        for token in tokens:
             text = answer.push(token.id, last=token.finish is not None)
             if answer.stopped:
                 yield Piece(text, token._replace(finish="stop"))
                 return
             yield Piece(text, token)
+
+    def _draft(self, model: Gemma, room: int) -> Draft:
+        if model.tokenizer.pieces != self.tokenizer.pieces:
+            raise GemmaryError("the draft model has another tokenizer: its guesses would mean other tokens")
+        return Draft(model.engine, room)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """A text's ids behind one BOS; ids are taken as they are."""

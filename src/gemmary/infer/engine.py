@@ -80,7 +80,7 @@ class Engine:
         lengths = np.array([len(prompt) for prompt in prompts])
         room = np.minimum(lengths + max_new_tokens, self.config.context)
         rows = rows_of(settings)
-        cache, last = self._prefill(prompts, int(room.max()))
+        cache, last = self.prefill(prompts, int(room.max()))
         seen = np.stack([seen_in(prompt, self.config.vocab_size) for prompt in prompts])
         static = (self.config, self.dtype, self.num_tokens or self.config.num_tokens, top_logprobs)
         ids, seen, drawn = _first(*static, self.params, last, jnp.asarray(seen), jnp.asarray(lengths - 1), rows)
@@ -127,7 +127,7 @@ class Engine:
             scores += [(one, tuple(zip(*pair, strict=True))) for one, pair in zip(chosen.tolist(), tops, strict=True)]
         return scores
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, jax.Array]:
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, jax.Array]:
         """The cache with every prompt in it, and each row's last hidden state [B, D]."""
         longest = max(len(prompt) for prompt in prompts)
         cache = init_cache(self.config, len(prompts), _rounded(room), self.chunk, self.dtype)
