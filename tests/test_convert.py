@@ -105,13 +105,25 @@ def test_another_dtype_only_where_asked(made: Made, tmp_path: Path) -> None:
         same_weights(checkpoint, values)
 
 
+def test_q4_0_keeps_the_embedding_at_eight_bits(made: Made, tmp_path: Path) -> None:
+    path, _ = made["gemma3"]
+    with open_model(_convert(path, tmp_path / "q4.gguf", "gguf", gguf_type="Q4_0")) as checkpoint:
+        assert checkpoint.dtype("mlp.down") == "Q4_0"
+        assert checkpoint.dtype("embed") == "Q8_0"  # it is also the output
+        whole, run = checkpoint.params(jnp.float32), checkpoint.params(jnp.float32, to_run=True)
+    for name in ("embed", "attn.q", "attn.o", "mlp.down"):  # what is run is what is stored
+        for stored, packed in zip(_each(whole[name]), _each(run[name]), strict=True):
+            np.testing.assert_allclose(dequantize(packed), stored, rtol=1e-6, atol=1e-7)
+
+
+def _each(weight: Any) -> tuple[Any, ...]:
+    return weight if isinstance(weight, tuple) else (weight,)
+
+
 def test_q8_0_is_close_and_says_so(made: Made, tmp_path: Path) -> None:
     path, values = made["gemma3"]
     with open_model(_convert(path, tmp_path / "q.gguf", "gguf", gguf_type="Q8_0")) as checkpoint:
         assert checkpoint.dtype("attn.q") == "Q8_0"
-    with open_model(_convert(path, tmp_path / "q4.gguf", "gguf", gguf_type="Q4_0")) as checkpoint:
-        assert checkpoint.dtype("attn.q") == "Q4_0"
-        assert checkpoint.dtype("embed") == "Q8_0"  # the embedding is also the output
         for (name, layer), value in values.items():
             found, wide = checkpoint.weight(name, layer).astype(np.float32), value.astype(np.float32)
             # Half a step of a 127th of the largest, rounded by an fp16 scale; norms are fp32 and exact.

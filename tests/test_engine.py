@@ -108,3 +108,12 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(GemmaryError, match=message):
             next(engine.generate(prompts, max_new_tokens=1, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["gemma1-mqa", "gemma2", "gemma3"])
+def test_long_prompts_are_read_in_chunks(kind: str) -> None:
+    """Chunks of more tokens than the kernel for few takes, over rings that have wrapped, one row ending before the other."""
+    spec, weights, engine = _engine(kind, chunk=32)
+    prompts = [list(map(int, tokens(length, spec.vocab))) for length in (150, 97, 40)]
+    steps = list(engine.generate(prompts, max_new_tokens=4))
+    assert _rows(steps, 3) == [_greedy(spec, weights, prompt, 4) for prompt in prompts]

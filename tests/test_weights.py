@@ -8,10 +8,21 @@ import numpy as np
 import pytest
 
 from gemmary.errors import GemmaryError
-from gemmary.params import TABLE, Params, init
+from gemmary.model.transformer import forward
+from gemmary.params import TABLE, Params, init, unstack
 from gemmary.presets import PRESETS
-from gemmary.quantization import quantize, quantize_weight
-from gemmary.weights import Int4, Int8, dequantize, lookup, project
+from gemmary.quantization import packed, quantize, quantize_weight
+from gemmary.weights import (
+    Blocks,
+    Int4,
+    Int8,
+    dequantize,
+    gated,
+    lookup,
+    project,
+    project_all,
+    weight_shape,
+)
 
 CONFIG = PRESETS["nano"].config.replace(num_layers=2, embed_dim=96, ffw_dim=160, num_heads=6, num_kv_heads=2)
 # Each row of the table that is multiplied with: its equation, and the shape of the activations.
@@ -110,3 +121,31 @@ def test_quantizing_a_model_keeps_norms_and_the_embedding_at_eight_bits(params: 
 def test_groups_that_do_not_fit_are_refused() -> None:
     with pytest.raises(GemmaryError, match=r"mlp\.gate.*use 8 bits"):
         quantize_weight("mlp.gate", jnp.zeros((33, 2)), 4)
+
+
+def test_int4_as_blocks_is_the_same_weights() -> None:
+    """Every matrix of a model: what blocks stand for, and logits, to the rounding of rows to 16 bits."""
+    config, params = CONFIG, unstack(quantize(init(CONFIG, jax.random.key(0)), 4))
+    run = {
+        name: tuple(packed(name, w) for w in weight) if isinstance(weight, tuple) else packed(name, weight)
+        for name, weight in params.items()
+    }
+    assert isinstance(run["attn.q"][0], Blocks)
+    assert isinstance(run["embed"], Int8)
+    for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"):
+        for one, blocks in zip(params[name], run[name], strict=True):
+            assert weight_shape(blocks) == weight_shape(one)
+            np.testing.assert_array_equal(dequantize(blocks), dequantize(one))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 60, (2, 7)))
+    wide = forward(params, config, ids)
+    assert float(jnp.abs(forward(run, config, ids) - wide).max()) < 2e-4 * float(jnp.abs(wide).max())
+
+
+def test_several_products_are_those_of_each() -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, 3, 64)), jnp.float32)
+    q, k = (jnp.asarray(rng.standard_normal((64, n, 8)), jnp.float32) for n in (4, 2))
+    both = project_all(("btd,dnh->btnh", "btd,dkh->btkh"), x, (q, k))
+    np.testing.assert_allclose(both[0], jnp.einsum("btd,dnh->btnh", x, q), atol=1e-4)
+    np.testing.assert_allclose(both[1], jnp.einsum("btd,dkh->btkh", x, k), atol=1e-4)
+    assert gated("btd,df->btf", x, q.reshape(64, 32), q.reshape(64, 32)) is None  # arrays have a gradient: XLA's

@@ -49,6 +49,8 @@ class LayerCache:
         written = write(self, k, v, marks.positions)
         if first:
             return attend_among(q, k, v, marks, **limits), written
+        if kernels.serves_attention(q.shape[3]):
+            return kernels.late_attention(q, *_in_order(written, marks.positions), **limits), written
         return attend(q, written.k, written.v, marks, Marks(written.positions), **limits), written
 
 
@@ -97,3 +99,18 @@ def write(
         return jnp.where(written[:, None, :, None], moved, into)
 
     return LayerCache(put(cache.k, k), put(cache.v, v), jnp.where(written, new, cache.positions))
+
+
+def _in_order(cache: LayerCache, positions: Int[Array, "B T"]) -> tuple[Array, Array, Array, Array, Array]:
+    """What `kernels.late_attention` takes after the queries: keys, values and positions from the oldest to the newest, with room
+    behind for tokens that are padding, and where the new ones begin."""
+    slots, T = cache.positions.shape[1], positions.shape[1]
+    order = (positions.max(axis=1, keepdims=True) + 1 + jnp.arange(slots)) % slots
+
+    def sorted_(x: Array) -> Array:  # [B, K, S, H] as [B, S + T, K, H]
+        found = jnp.take_along_axis(x, order[:, None, :, None], axis=2).swapaxes(1, 2)
+        return jnp.pad(found, ((0, 0), (0, T), (0, 0), (0, 0)))
+
+    held = jnp.pad(jnp.take_along_axis(cache.positions, order, axis=1), ((0, 0), (0, T)), constant_values=-1)
+    start = slots - (positions >= 0).sum(axis=1)
+    return sorted_(cache.k), sorted_(cache.v), positions, held, start
