@@ -162,7 +162,19 @@ def test_a_row_of_blocks_comes_to_the_same_beside_others() -> None:
         assert bool((kernels.products(x[:rows], [factor])[0] == whole[:rows]).all())
 
 
-def test_quantized_weights_have_no_gradient_and_say_so() -> None:
+def test_through_int8_the_gradient_goes_to_the_rows() -> None:
+    rng = np.random.default_rng(0)
+    x, w = (
+        jnp.asarray(rng.standard_normal((3, 40)), jnp.float32),
+        jnp.asarray(rng.integers(-127, 128, (40, 24)), jnp.int8),
+    )
+    out, gradient = jax.vjp(lambda x: kernels.products(x, [kernels.Factor(w, False)])[0], x)
+    np.testing.assert_allclose(out, x @ w.astype(jnp.float32), rtol=1e-5, atol=1e-3)
+    (dx,) = gradient(out)
+    np.testing.assert_allclose(dx, out @ w.T.astype(jnp.float32), rtol=1e-4)
+
+
+def test_blocks_have_no_gradient_and_say_so() -> None:
     factor = kernels.Factor(jnp.asarray(blocks(np.random.default_rng(0), "Q8_0", 4, 32)), True, "Q8_0")
     with pytest.raises(TypeError, match="no gradient: dequantize the weights to train them"):
         jax.grad(lambda x: kernels.products(x, [factor])[0].sum())(jnp.ones((1, 32)))

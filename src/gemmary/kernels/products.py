@@ -62,11 +62,11 @@ def serves_blocks() -> bool:
 def products(x: Float[Array, "M K"], factors: Sequence[Factor], *, gated: bool = False) -> list[Float[Array, "M N"]]:
     """x w in fp32 for up to four matrices, each read once, as it is stored; `gated`, the one gelu(x w0) * (x w1).
 
-    The gradient is that of plain matrices; of int8, of blocks and of gated products it is refused (TypeError).
+    Of plain matrices, int8 too, there is a gradient; of blocks and of gated products it is refused (TypeError).
     """
     kinds = tuple(_NUMBERS[f.kind] if f.kind else _PLAIN[np.dtype(f.w.dtype)] for f in factors)
     turned = tuple(f.turned for f in factors)
-    if gated or max(kinds) > 1:
+    if gated or any(f.kind for f in factors):
         return _call(_forward_only(x), [f.w for f in factors], kinds, turned, gated)
     return _plain(x, [f.w for f in factors], kinds, turned)
 
@@ -103,10 +103,15 @@ def _plain_forward(
 
 def _plain_backward(
     kinds: tuple[int, ...], turned: tuple[bool, ...], kept: tuple[Array, list[Array]], ds: list[Array]
-) -> tuple[Array, list[Array]]:
+) -> tuple[Array, list[Any]]:
     x, ws = kept
     dx = sum(d @ (w if t else w.T).astype(jnp.float32) for d, w, t in zip(ds, ws, turned, strict=True))
-    dws = [(d.T @ x if t else x.T @ d).astype(w.dtype) for d, w, t in zip(ds, ws, turned, strict=True)]
+    dws = [
+        (d.T @ x if t else x.T @ d).astype(w.dtype)
+        if jnp.issubdtype(w.dtype, jnp.floating)
+        else np.zeros(w.shape, jax.dtypes.float0)  # whole numbers have none
+        for d, w, t in zip(ds, ws, turned, strict=True)
+    ]
     return jnp.asarray(dx).astype(x.dtype), dws
 
 
