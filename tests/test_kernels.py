@@ -231,7 +231,7 @@ def test_the_narrower_instructions_give_the_same() -> None:
         command, env=os.environ | {"GEMMARY_INSTRUCTIONS": "avx2"}, capture_output=True, text=True, cwd=HERE.parent
     )
     assert done.returncode == 0, done.stdout
-    assert f"{len(CASES) + len(CACHES) + len(kernels.BLOCKS) + 25} passed" in done.stdout
+    assert f"{len(CASES) + len(CACHES) + len(kernels.BLOCKS) + 28} passed" in done.stdout
     probe = "from gemmary import kernels; print(kernels.instructions())"
     said = subprocess.run(
         [sys.executable, "-c", probe], env=os.environ | {"GEMMARY_INSTRUCTIONS": "avx2"}, capture_output=True, text=True
@@ -258,3 +258,27 @@ def test_nothing_is_read_or_written_outside(check: str, says: str, tmp_path: Pat
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert says in done.stdout
+
+
+def test_matrices_of_several_kinds_at_once() -> None:
+    """A file may keep one matrix plain and the next in blocks, in any order."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((2, 256)), jnp.float32)
+    plain = rng.standard_normal((30, 256)).astype(np.float32)
+    packed = blocks(rng, "Q4_K", 20, 256)
+    factors = [kernels.Factor(jnp.asarray(plain), True), kernels.Factor(jnp.asarray(packed), True, "Q4_K")]
+    for order in (factors, factors[::-1]):
+        for factor, out in zip(order, kernels.products(x, order), strict=True):
+            matrix = dequantize(packed, GGMLQuantizationType["Q4_K"]) if factor.kind else plain
+            size = (np.abs(x) @ np.abs(matrix.T)).max()
+            assert np.abs(out - np.asarray(x, np.float64) @ matrix.T).max() < 1e-5 * size
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_rows_that_are_no_numbers_stay_none(wrong: float) -> None:
+    factor = kernels.Factor(jnp.asarray(blocks(np.random.default_rng(0), "Q8_0", 5, 64)), True, "Q8_0")
+    out = kernels.products(jnp.ones((2, 64)).at[0, 40].set(wrong), [factor])[0]
+    assert bool(jnp.isnan(out[0]).all())
+    assert bool(jnp.isfinite(out[1]).all())
+    nothing = kernels.products(jnp.full((1, 64), 1e-40), [factor])[0]
+    assert float(jnp.abs(nothing).max()) < 1e-35

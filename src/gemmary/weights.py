@@ -143,10 +143,7 @@ def gated(equation: str, x: Float[Array, ...], gate: Weight, up: Weight) -> Floa
     """gelu(x gate) * (x up), the approximation with tanh, where the CPU kernel makes it at once; else None."""
     if not isinstance(gate, Blocks) or not isinstance(up, Blocks):
         return None
-    sides = _sides(equation, x, gate.shape)
-    flat = x.reshape(-1, sides.size)
-    factors = [kernels.Factor(jnp.asarray(w.data), True, w.kind) for w in (gate, up)]
-    return kernels.products(flat, factors, gated=True)[0].reshape(*sides.rows, *sides.kept).astype(x.dtype)
+    return _in_kernel([equation] * 2, x, (gate, up), gated=True)[0].astype(x.dtype)
 
 
 class _Sides(NamedTuple):
@@ -185,17 +182,19 @@ def _served(x: Array, equation: str, w: Weight) -> bool:
     return kernels.serves_rows(rows, w.dtype) and _compute_dtype(x) == jnp.float32
 
 
-def _in_kernel(equations: Sequence[str], x: Array, weights: Sequence[Any]) -> list[Array]:
-    """Products of arrays and `Blocks` in the CPU kernel, in fp32."""
+def _in_kernel(equations: Sequence[str], x: Array, weights: Sequence[Any], *, gated: bool = False) -> list[Array]:
+    """Products of arrays and `Blocks` in the CPU kernel, in fp32; `gated`, the one of `gated`."""
     factors, sides = [], [_sides(equation, x, tuple(w.shape)) for equation, w in zip(equations, weights, strict=True)]
     size = sides[0].size
     for w, side in zip(weights, sides, strict=True):
-        assert not isinstance(w, Blocks) or w.leads == side.leads
-        flat = w.data if isinstance(w, Blocks) else w.reshape((size, -1) if side.leads else (-1, size))
-        block = isinstance(w, Blocks)
-        factors.append(kernels.Factor(jnp.asarray(flat), block or not side.leads, w.kind if block else None))
-    found = kernels.products(x.reshape(-1, size).astype(jnp.float32), factors)
-    return [out.reshape(*side.rows, *side.kept) for out, side in zip(found, sides, strict=True)]
+        if isinstance(w, Blocks):
+            assert w.leads == side.leads
+            factors.append(kernels.Factor(jnp.asarray(w.data), True, w.kind))
+        else:
+            flat = w.reshape((size, -1) if side.leads else (-1, size))
+            factors.append(kernels.Factor(jnp.asarray(flat), not side.leads))
+    found = kernels.products(x.reshape(-1, size).astype(jnp.float32), factors, gated=gated)
+    return [out.reshape(*side.rows, *side.kept) for out, side in zip(found, sides, strict=not gated)]
 
 
 def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Array:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from gemmary.errors import GemmaryError
 from gemmary.infer.engine import Engine, Token
-from gemmary.infer.memory import Holding
+from gemmary.infer.memory import Holding, Memory
 from gemmary.infer.steps import Entry, Grammar, Pending, Request, Steps
 
 __all__ = ["Batcher", "Closing", "Grammar", "Overloaded", "Request", "Stats", "Ticket"]
@@ -78,7 +78,6 @@ class _Running:
     tokens: list[int]
     room: int
     read: int
-    shared: int
 
     @property
     def prompt_length(self) -> int:
@@ -96,7 +95,7 @@ class Batcher:
         if slots < 1 or queue < 1:
             raise GemmaryError(f"{slots} slots and a queue of {queue}: both must be at least 1")
         self._steps = Steps(engine, slots, memory)
-        self._memory, self._slots, self._most = self._steps.memory, slots, queue
+        self._slots, self._most = slots, queue
         self._engine = engine
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()
         self._running: dict[int, _Running] = {}
@@ -105,9 +104,12 @@ class Batcher:
         self._changed = threading.Condition()
         self._closing: float | None = None
         self._counts = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "new_tokens"), 0)
-        self._seconds_per_request = 1.0
         self._thread = threading.Thread(target=self._serve, name="gemmary-batcher", daemon=True)
         self._thread.start()
+
+    @property
+    def _memory(self) -> Memory:
+        return self._steps.memory
 
     @property
     def longest(self) -> int:
@@ -135,7 +137,7 @@ class Batcher:
                 raise Closing("the server is shutting down")
             waiting = self._queued()
             if waiting >= self._most:
-                raise Overloaded(waiting, max(1.0, waiting * self._seconds_per_request / self._slots))
+                raise Overloaded(waiting, max(1.0, waiting / self._slots))
             self._waiting.setdefault(request.client, deque()).append(ticket)
             self._changed.notify()
         return ticket
@@ -185,7 +187,6 @@ class Batcher:
                 log.exception("a step failed")
                 self._end_all(error)
                 self._steps.reset()
-                self._memory = self._steps.memory
 
     def _turn(self) -> None:
         """One round: let go of what was cancelled, read a chunk of one prompt, and draw a token for each that is answered."""
@@ -204,7 +205,7 @@ class Batcher:
     def _admit(self) -> _Running | None:
         """The next request, if there are a slot and pages for it. Clients take turns."""
         with self._changed:
-            free = next((slot for slot in itertools.count() if slot not in self._running), self._slots)
+            free = next(slot for slot in itertools.count() if slot not in self._running)
             for client, line in list(self._waiting.items()):
                 self._waiting[client] = deque(ticket for ticket in line if not ticket.cancelled)
                 if not self._waiting[client]:
@@ -224,7 +225,7 @@ class Batcher:
             self._counts["requests"] += 1
             self._counts["prompt_tokens"] += len(request.prompt)
             self._counts["cached_tokens"] += holding.cached
-        return _Running(ticket, free, holding, list(request.prompt), room, holding.cached, holding.cached)
+        return _Running(ticket, free, holding, list(request.prompt), room, holding.cached)
 
     def _read(self, one: _Running) -> None:
         """A chunk of a prompt; after its last, the first token."""

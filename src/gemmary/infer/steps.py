@@ -111,8 +111,6 @@ class Steps:
         self.memory = Memory(config, far, near, self.chunk)
         self._pools = tuple(init_pool(config, far if k.window is None else near, dtype) for k in config.layer_kinds())
         self._history = jnp.zeros((self._slots, config.vocab_size), jnp.int32)
-        self._bias: jax.Array | None = None
-        self._biased = set[int]()
         self._hidden = jnp.zeros(config.embed_dim, dtype)
         self._last = jnp.zeros(self._slots, jnp.int32)
 
@@ -133,17 +131,14 @@ class Steps:
         )  # fmt: skip
 
     def begin(self, slot: int, request: Request) -> None:
-        """A slot's history and bias are those of a new request."""
+        """A slot's history is that of a new request."""
         vocabulary = self._engine.config.vocab_size
         self._history = _put(self._history, np.int32(slot), seen_in(request.prompt, vocabulary))
-        self._biased.discard(slot)
-        if request.bias or request.grammar is not None:
-            self._biased.add(slot)
 
     def first(self, slot: int, request: Request, position: int) -> Pending:
         """The first token after the prompt that was read last."""
         rows = rows_of([request.sampling])
-        bias = self._biases([(slot, request)], 1)
+        bias = self._biases([request], 1)
         top = _TOP if request.top_logprobs else 0
         drawn, self._history, self._last = _draw_first(
             self._engine.config, self.num_tokens, top, self._engine.params, self._hidden, self._history, self._last,
@@ -160,7 +155,7 @@ class Steps:
         positions = np.array([[entry.position] for entry in entries] + [[-1]] * idle, np.int32)
         tables = self.memory.tables([entry.holding for entry in entries] + [None] * idle, self._width)
         rows = rows_of([request.sampling for request in requests] + [GREEDY] * idle)
-        bias = self._biases([(entry.slot, entry.request) for entry in entries], size)
+        bias = self._biases(requests, size)
         top = _TOP if any(request.top_logprobs for request in requests) else 0
         drawn, self._pools, self._history, self._last = _next(
             self._engine.config, self._engine.dtype, self.num_tokens, top, self._engine.params, self._pools, self._history,
@@ -168,12 +163,12 @@ class Steps:
         )  # fmt: skip
         return Pending(drawn, requests)
 
-    def _biases(self, entries: Sequence[tuple[int, Request]], size: int) -> np.ndarray | None:
+    def _biases(self, requests: Sequence[Request], size: int) -> np.ndarray | None:
         """What is added to the logits of each row, where any has something to add."""
-        if not any(slot in self._biased for slot, _ in entries):
+        if not any(request.bias or request.grammar is not None for request in requests):
             return None
         bias = np.zeros((size, self._engine.config.vocab_size), np.float32)
-        for row, (_, request) in enumerate(entries):
+        for row, request in enumerate(requests):
             for token, value in request.bias.items():
                 bias[row, token] = value
             if request.grammar is not None:

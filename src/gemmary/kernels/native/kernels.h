@@ -63,6 +63,9 @@ struct Factor {
   const void* w;
 };
 
+// Up to so many rows reading the matrix takes the time; more are taken of blocks alone.
+constexpr int64_t kFewRows = 16;
+
 // y_i [m, n_i] = x [m, k] w_i, for several matrices at once; or, `gated`, the one y = gelu(x w_0) * (x w_1).
 struct Products {
   int64_t m, k;

@@ -8,8 +8,6 @@
 namespace gemmary {
 namespace {
 
-// Up to so many rows reading the matrix takes the time.
-constexpr int64_t kFew = 16;
 // Of many rows: how many, and how many values of each, a tile's panels hold. They fit the second cache.
 constexpr int64_t kTall = 512, kDeep = 512;
 
@@ -117,7 +115,8 @@ void few_rows(Pool& pool, const Products& p) {
     return (factor.n + width - 1) / width;
   };
   static thread_local Scratch narrow;
-  const bool blocks = p.factors[0].kind > Kind::i8;
+  bool blocks = false;
+  for (int64_t i = 0; i < p.count; ++i) blocks |= p.factors[i].kind > Kind::i8;
   const Numbers numbers = blocks ? numbers_of(p.x, p.m, p.k, narrow) : Numbers{};
   in_pieces(pool, p, pieces, [&](int64_t i, int64_t piece) {
     const Factor& factor = p.factors[i];
@@ -163,7 +162,7 @@ void many(Pool& pool, const Products& p) {
 }
 
 // Many rows are taken by blocks alone; XLA multiplies plain matrices well.
-void products(Pool& pool, const Products& p) { p.m <= kFew ? few_rows(pool, p) : many(pool, p); }
+void products(Pool& pool, const Products& p) { p.m <= kFewRows ? few_rows(pool, p) : many(pool, p); }
 
 void lookup(Pool& pool, const Lookup& p) {
   auto row = [&](int64_t i) {

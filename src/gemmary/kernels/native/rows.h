@@ -1,7 +1,7 @@
 // A few rows times a matrix, as in decoding: all the time goes into reading the matrix, so it is read once and in order.
 #pragma once
 
-#include "groups.h"
+#include "blocks.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -30,7 +30,23 @@ inline float wide_one(uint16_t x) {
   return v;
 }
 
-inline Floats wide(const int8_t* from) { return signed_at(from); }
+// Compilers make of a plain conversion one lane after the other.
+#if defined(__AVX512F__)
+inline Floats wide(const int8_t* from) {
+  return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+}
+#elif defined(__AVX2__)
+inline Floats wide(const int8_t* from) {
+  return Floats(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(from))));
+}
+#else
+inline Floats wide(const int8_t* from) {
+  typedef int8_t Bytes __attribute__((vector_size(kWidth)));
+  Bytes bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, Floats);
+}
+#endif
 inline float wide_one(int8_t x) { return x; }
 
 // Some columns of the product of some rows: y has `stride` values from row to row, and begins with column `first`.

@@ -166,6 +166,8 @@ ffi::Error products(ffi::ThreadPool threads, Values x, ffi::RemainingArgs matric
     const auto made = factor(*w, kinds.begin()[i], turned.begin()[i] != 0, sides[1]);
     if (made.has_error()) return made.error();
     factors[i] = *made;
+    if (made->kind <= Kind::i8 && sides[0] > kFewRows)
+      return ffi::Error::InvalidArgument("products: too many rows for a plain matrix");
     if (i >= results.size()) continue;
     auto result = results.get<ffi::BufferR2<ffi::F32>>(i);
     if (result.has_error()) return result.error();
