@@ -122,7 +122,7 @@ def test_sigterm_lets_answers_finish_and_refuses_new_ones(served: Path, tiny: To
         threads = [threading.Thread(target=answer, args=(stream,)) for stream in (True, False)]
         for thread in threads:
             thread.start()
-        until(lambda: server.stats()["gemmary_queued"] == 1, 20)
+        until(lambda: (server.stats()["gemmary_busy"], server.stats()["gemmary_queued"]) == (1, 1), 20)
         server.process.terminate()
         until(lambda: server.events("closing"), 5)
         late = ask(server)
