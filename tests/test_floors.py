@@ -42,7 +42,7 @@ ROOMS = {
     "model": ["rope", "attention", "cache", "pages", "transformer"],
     "text": ["vocabulary", "writers", "tokenizer", "answers", "dialogue", "training"],
     "checkpoints": [
-        "names", "checkpoint", "manifest", "safetensors_file", "gguf_file", "torch_file", "orbax_file", "native", "huggingface",
+        "names", "checkpoint", "manifest", "safetensors_file", "gguf_header", "gguf_file", "torch_file", "orbax_file", "native", "huggingface",
         "peft", "gguf", "google", "adapted", "convert", "open",
     ],
     "data": [

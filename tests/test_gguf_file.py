@@ -49,6 +49,18 @@ def _packed(kind: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
         return blocks.reshape(VALUES.shape[0], -1), number
 
 
+def test_lists_of_many_strings(tmp_path: Path) -> None:
+    """More than is read ahead at once, and some that are longer than that."""
+    words = [f"ü{i}" * (i % 7) for i in range(50_000)]
+    words[7], words[-1], words[30_000:30_002] = "a" * (3 << 20), "", ["b" * (1 << 20), "c" * (1 << 20)]
+    with GGUFWriter(tmp_path / "m.gguf", {"words": words, "after": np.uint32(5)}, []):
+        pass
+    file = GGUFReader(tmp_path / "m.gguf")
+    file.close()
+    assert file.fields["words"] == words
+    assert file.fields["after"] == 5
+
+
 @pytest.mark.parametrize("kind", READ_TYPES)
 def test_reads_what_the_gguf_package_writes(tmp_path: Path, kind: str) -> None:
     data, number = _packed(kind)

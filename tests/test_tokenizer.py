@@ -15,7 +15,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from gemmary.errors import GemmaryError
-from gemmary.text import Decoder, Tokenizer
+from gemmary.text import Decoder, Tokenizer, writers
 from gemmary.text.vocabulary import Kind, kind_of
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -131,6 +131,19 @@ def test_all_readers_agree(tiny: Tokenizer, tmp_path: Path) -> None:
         expected = [tiny.encode(text, structure=mode) for mode in (False, True)]
         for reader in readers:
             assert [reader.encode(text, structure=mode) for mode in (False, True)] == expected, text
+
+
+def test_a_written_model_is_as_protobuf_writes_it(tiny: Tokenizer) -> None:
+    longer = [("ä" * n, -1e6 - n, Kind.NORMAL) for n in (50, 58, 59, 60, 63, 64, 65, 100, 8000, 8192, 20_000)]
+    rows = [*tiny.pieces, *longer]
+    for structure in (False, True):
+        written = writers.to_sentencepiece(Tokenizer.from_pieces(*zip(*rows, strict=True)).pieces, structure=structure)
+        proto: Any = sentencepiece_model_pb2.ModelProto()
+        proto.ParseFromString(written)
+        assert proto.SerializeToString() == written
+        assert [(piece.piece, piece.score) for piece in proto.pieces] == [(text, score) for text, score, _ in rows]
+        turn = proto.pieces[tiny.start_of_turn]
+        assert (turn.type == turn.USER_DEFINED, turn.type == turn.CONTROL) == (structure, not structure)
 
 
 def test_the_tab_that_gemma1s_json_has_for_a_byte(tiny: Tokenizer, tmp_path: Path) -> None:

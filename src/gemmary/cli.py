@@ -1,7 +1,7 @@
 """The door: `gemmary VERB …`. It parses, calls, prints; what it prints is made elsewhere.
 
 Every mistake of a user's is one line on stderr and exit code 2. Answers go to stdout, all else to stderr, so that
-`--json` can be piped.
+`--json` can be piped. What only training needs is imported by the verbs that train: an answer need not wait for it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,7 @@ from gemmary.gemma import Gemma, load
 from gemmary.infer.sampling import Sampling
 from gemmary.inspect import Inspection, inspect_checkpoint, inspect_preset
 from gemmary.presets import PRESETS, preset
-from gemmary.recipe import load_recipe
-from gemmary.report import report
 from gemmary.serve.door import add_serve
-from gemmary.watch import Watch, summary
-from gemmary.whole import STAGES, Whole
 
 __all__ = ["app", "main"]
 
@@ -179,6 +175,11 @@ def _lived(verb: str, what: str) -> None:
     def run(
         recipe: RecipeFile, sets: Sets = None, out: Out = None, as_json: Json = False, quiet: Quiet = False
     ) -> None:
+        from gemmary.recipe import load_recipe
+        from gemmary.report import report
+        from gemmary.watch import Watch, summary
+        from gemmary.whole import STAGES, Whole
+
         _keep_compiled()
         settings = load_recipe(recipe, sets or [])
         folder = out or Path("out") / recipe.stem
@@ -214,6 +215,8 @@ def report_(
     as_json: Json = False,
 ) -> None:
     """Write a run's report, RUN/report.html, and its model card, RUN/README.md."""
+    from gemmary.report import report
+
     found = report(run, watts=watts)
     print(json.dumps(found) if as_json else f"{found['page']}\n{found['card']}")
 
@@ -236,6 +239,7 @@ def _keep_compiled() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "gemmary" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemmary.checkpoints import open_model
+from gemmary.checkpoints import Checkpoint, open_model
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.infer.engine import Engine, Token
@@ -179,20 +180,28 @@ def load(
         raise GemmaryError(
             f"there is no dtype {chosen!r} here: choose float32 or bfloat16 (float16 overflows in Gemma)"
         )
-    with open_model(model, hub=hub) as checkpoint:
-        config, tokenizer = checkpoint.config, checkpoint.own_tokenizer()
-        if tokenizer.size > config.vocab_size:
-            raise GemmaryError(
-                f"{checkpoint.where}: the tokenizer has {tokenizer.size} pieces and the embedding {config.vocab_size} rows"
-            )
-        done = 0
+    with open_model(model, hub=hub) as checkpoint, ThreadPoolExecutor(1) as pool:
+        config, done = checkpoint.config, 0
+        tokenizers = pool.submit(_tokenizer_of, checkpoint)  # while weights are read, which leaves Python free
 
         def tick(_: str) -> None:
             nonlocal done
             done += 1
+            if tokenizers.done():
+                tokenizers.result()  # what is wrong with it need not wait for the rest
             on_progress(done, total)
 
         total = len(layered_names(config))
         params = checkpoint.params(jnp.dtype(chosen), tick, to_run=True)
+        tokenizer = tokenizers.result()
     engine = Engine(params, config, jnp.dtype(chosen), min(config.num_tokens, tokenizer.size))
     return Gemma(config, params, tokenizer, engine)
+
+
+def _tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    tokenizer, rows = checkpoint.own_tokenizer(), checkpoint.config.vocab_size
+    if tokenizer.size > rows:
+        raise GemmaryError(
+            f"{checkpoint.where}: the tokenizer has {tokenizer.size} pieces and the embedding {rows} rows"
+        )
+    return tokenizer

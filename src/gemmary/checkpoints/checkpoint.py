@@ -115,9 +115,7 @@ class Checkpoint(ABC):
 
         def place(name: str, layer: int) -> Any:
             weight = self.packed(name, layer) if to_run else self.weight(name, layer)
-            placed = jax.tree.map(
-                jax.numpy.asarray, in_dtype(weight, _to_keep(name, weight, dtype) if to_run else dtype)
-            )
+            placed = jax.device_put(in_dtype(weight, _to_keep(name, weight, dtype) if to_run else dtype))
             on_weight(name)
             return placed
 

@@ -203,8 +203,8 @@ def _tokenizer_fields(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer.ggml.tokens": [
             piece.text.replace("▁", " ") if piece.kind is Kind.USER_DEFINED else piece.text for piece in pieces
         ],
-        "tokenizer.ggml.scores": np.array([score for _, score, _ in pieces], np.float32),
-        "tokenizer.ggml.token_type": np.array([kind for _, _, kind in pieces], np.int32),
+        "tokenizer.ggml.scores": pieces.scores,
+        "tokenizer.ggml.token_type": pieces.kinds,
         "tokenizer.ggml.bos_token_id": np.uint32(tokenizer.bos),
         "tokenizer.ggml.eos_token_id": np.uint32(tokenizer.eos),
         "tokenizer.ggml.unknown_token_id": np.uint32(tokenizer.unk),

@@ -6,12 +6,10 @@ made of it. Dequantizing is the `gguf` package's. A file may come in parts that 
 
 from __future__ import annotations
 
-import bisect
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +18,18 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
+from gemmary.checkpoints.gguf_header import ARRAY, SCALARS, STRING, Header, Parts
 from gemmary.errors import GemmaryError
 
 __all__ = ["READ_TYPES", "WRITE_TYPES", "Entry", "GGUFReader", "GGUFWriter"]
 
 _MAGIC, _MOST_KEYS, _MOST_TENSORS = b"GGUF", 65536, 65536
-_MOST_STRING = 16 << 20
-_MOST_ELEMENTS = 4 << 20
 _MOST_DIMS = 4
 _MOST_NAME = 256
 _MOST_BLOCK_BYTES = 64 << 20  # of a quantized tensor, dequantized at a time
 
-# Value types of metadata, by their number: struct code, or NumPy dtype for arrays of it.
-_SCALARS, _STRING, _ARRAY = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}, 8, 9
-_NUMBERS = {np.dtype(code): number for number, code in _SCALARS.items()}
+_NUMBERS = {np.dtype(code): number for number, code in SCALARS.items()}
+_TYPES = {int(kind): kind.name for kind in GGMLQuantizationType}
 
 _PLAIN: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -61,89 +57,6 @@ class Entry:
         return _PLAIN.get(self.type_name, np.dtype(np.float32))
 
 
-class _Parts:
-    """Files read as if they were one."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more parts"
-        self._files: list[BufferedReader] = []
-        self._starts = [0]
-        try:
-            for path in paths:
-                self._files.append(path.open("rb"))
-                self._starts.append(self._starts[-1] + path.stat().st_size)
-        except OSError as error:
-            self.close()
-            raise GemmaryError(f"{error.filename} cannot be read: {error.strerror}") from None
-        self.size = self._starts[-1]
-
-    def read_into(self, start: int, view: memoryview) -> None:
-        """Fill `view` from `start` on; the caller has checked that it fits."""
-        part = bisect.bisect_right(self._starts, start) - 1
-        filled = 0
-        while filled < len(view):
-            file = self._files[part]
-            file.seek(start + filled - self._starts[part])
-            end = min(len(view), self._starts[part + 1] - start)
-            count = file.readinto(view[filled:end])
-            if not count:
-                raise GemmaryError(f"{self.where} ends early; fetch it again")
-            filled += count
-            part += filled == end
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-
-
-class _Header:
-    """A cursor over the file that never reads past its end."""
-
-    _AHEAD = 1 << 20
-
-    def __init__(self, parts: _Parts) -> None:
-        self._parts, self.at = parts, 0
-        self._window, self._window_start = b"", 0
-
-    def bytes(self, count: int) -> bytes:
-        if count > self._parts.size - self.at:
-            raise GemmaryError(f"{self._parts.where} ends inside its header; fetch it again")
-        begin = self.at - self._window_start
-        if begin + count > len(self._window):
-            length = min(max(count, self._AHEAD), self._parts.size - self.at)
-            buffer = bytearray(length)
-            self._parts.read_into(self.at, memoryview(buffer))
-            self._window, self._window_start, begin = bytes(buffer), self.at, 0
-        self.at += count
-        return self._window[begin : begin + count]
-
-    def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.bytes(struct.calcsize(code)))[0]
-
-    def string(self, most: int = _MOST_STRING) -> str:
-        length = self.number("Q")
-        if length > most:
-            raise GemmaryError(f"{self._parts.where} has a string of {length} bytes in its header: it is damaged")
-        return self.bytes(length).decode("utf-8", errors="replace")
-
-    def value(self, kind: int) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            raise GemmaryError(f"{self._parts.where} has a metadata value of unknown type {kind}: it is damaged")
-        of, count = self.number("I"), self.number("Q")
-        if count > _MOST_ELEMENTS or (of not in _SCALARS and of != _STRING):
-            raise GemmaryError(f"{self._parts.where} has an array of {count} values of type {of}: too large, or nested")
-        if of == _STRING:
-            if count * 8 > self._parts.size - self.at:
-                raise GemmaryError(f"{self._parts.where} ends inside its header; fetch it again")
-            return [self.string() for _ in range(count)]
-        dtype = np.dtype(_SCALARS[of]).newbyteorder("<")
-        return np.frombuffer(self.bytes(count * dtype.itemsize), dtype)
-
-
 class GGUFReader:
     """Reads a GGUF: `fields` (metadata: Python scalars and strings, lists of strings, NumPy arrays) and `entries`.
 
@@ -152,7 +65,7 @@ class GGUFReader:
     """
 
     def __init__(self, paths: Path | Sequence[Path]) -> None:
-        self._parts = _Parts([paths] if isinstance(paths, Path) else list(paths))
+        self._parts = Parts([paths] if isinstance(paths, Path) else list(paths))
         try:
             self._read_header()
         except BaseException:
@@ -160,7 +73,7 @@ class GGUFReader:
             raise
 
     def _read_header(self) -> None:
-        where, header = self._parts.where, _Header(self._parts)
+        where, header = self._parts.where, Header(self._parts)
         if header.bytes(4) != _MAGIC:
             raise GemmaryError(f"{where} is not a GGUF file")
         version = header.number("I")
@@ -192,7 +105,7 @@ class GGUFReader:
                 raise GemmaryError(f"{where} has tensors that overlap: it is damaged")
             ends = entry.start + entry.nbytes
 
-    def _tensor_info(self, header: _Header) -> tuple[str, tuple[tuple[int, ...], int, int]]:
+    def _tensor_info(self, header: Header) -> tuple[str, tuple[tuple[int, ...], int, int]]:
         name = header.string(_MOST_NAME)
         dims = header.number("I")
         if not 1 <= dims <= _MOST_DIMS:
@@ -202,16 +115,15 @@ class GGUFReader:
 
     def _entry(self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int, alignment: int) -> Entry:
         where = self._parts.where
-        known = {int(t): t.name for t in GGMLQuantizationType}
-        if known.get(kind) not in READ_TYPES:
-            raise GemmaryError(f"{where}: {name} is {known.get(kind, kind)}; gemmary reads {', '.join(READ_TYPES)}")
+        if _TYPES.get(kind) not in READ_TYPES:
+            raise GemmaryError(f"{where}: {name} is {_TYPES.get(kind, kind)}; gemmary reads {', '.join(READ_TYPES)}")
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if not all(shape) or shape[-1] % block:
             raise GemmaryError(f"{where}: {name} has the shape {list(shape)}, which its type cannot have")
         nbytes = math.prod(shape) // block * block_bytes
         if offset % alignment or data + offset + nbytes > self._parts.size:
             raise GemmaryError(f"{where}: {name} lies outside the file or misaligned; the file is cut short or damaged")
-        return Entry(known[kind], shape, data + offset, nbytes)
+        return Entry(_TYPES[kind], shape, data + offset, nbytes)
 
     def read(self, name: str) -> np.ndarray:
         """That tensor: F32, F16 and BF16 as they are, quantized types as float32, some rows at a time."""
@@ -308,12 +220,12 @@ def _string(text: str) -> bytes:
 def _value(value: Any) -> Iterator[bytes]:
     """A metadata value with its type before it."""
     if isinstance(value, str):
-        yield struct.pack("<I", _STRING) + _string(value)
+        yield struct.pack("<I", STRING) + _string(value)
     elif isinstance(value, list):
-        yield struct.pack("<IIQ", _ARRAY, _STRING, len(value))
+        yield struct.pack("<IIQ", ARRAY, STRING, len(value))
         yield from map(_string, value)
     elif isinstance(value, np.ndarray):
-        yield struct.pack("<IIQ", _ARRAY, _NUMBERS[value.dtype], value.size)
+        yield struct.pack("<IIQ", ARRAY, _NUMBERS[value.dtype], value.size)
         yield value.tobytes()
     else:
         scalar = np.asarray(value)

@@ -1,6 +1,7 @@
 """The Orbax container: a pytree on disk, read one array at a time and written in pieces.
 
-Values are stored uncompressed: weights do not compress, and trying costs a second copy of the largest one.
+Values are stored uncompressed: weights do not compress, and trying costs a second copy of the largest one. Orbax is imported
+when a tree is opened: that takes a sixth of a second, and most models are in other formats.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint.experimental import v1 as ocp_v1
 
 from gemmary.errors import GemmaryError
 
@@ -48,7 +47,10 @@ class OrbaxReader:
     """Reads a pytree directory. Names in `entries` are key paths joined with a slash."""
 
     def __init__(self, directory: Path) -> None:
+        import orbax.checkpoint as ocp
+
         self._directory = directory.absolute()
+        self._ocp = ocp
         self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
             tree = self._checkpointer.metadata(self._directory).item_metadata.tree
@@ -64,11 +66,11 @@ class OrbaxReader:
         """That array, whole."""
         path = self.entries[name].path
         item: Any = 0
-        how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        how: Any = self._ocp.RestoreArgs(restore_type=np.ndarray)
         for key in reversed(path):
             item, how = {key: item}, {key: how}
         try:
-            args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+            args = self._ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
             value = self._checkpointer.restore(self._directory, args=args)
         except Exception as error:
             raise GemmaryError(f"{self._directory}: {name} cannot be read: {_first_line(error)}") from None
@@ -84,20 +86,23 @@ class OrbaxWriter:
     """Writes a pytree directory piece by piece; `close` makes it whole. Pieces must not share a top-level key."""
 
     def __init__(self, directory: Path) -> None:
+        from orbax.checkpoint.experimental import v1
+
+        self._ocp = v1
         self._final = directory.absolute()
         self._aside = self._final.with_name(self._final.name + ".orbax")
-        self._context = ocp_v1.Context()
+        self._context = v1.Context()
         self._context.array.saving.use_compression = False
 
     def write(self, tree: Mapping[str, Any]) -> None:
         """Add arrays (NumPy or JAX), nested as they shall be on disk."""
         with self._context:
-            ocp_v1.partial.save(self._aside, dict(tree))
+            self._ocp.partial.save(self._aside, dict(tree))
 
     def close(self) -> None:
         """Commit. The pytree itself becomes the directory, as Orbax's stable readers and Google's models expect it."""
         with self._context:
-            ocp_v1.partial.finalize(self._aside)
+            self._ocp.partial.finalize(self._aside)
         os.replace(self._aside / "state", self._final)
         shutil.rmtree(self._aside)
 

@@ -83,7 +83,7 @@ class Engine:
         cache, last = self.prefill(prompts, int(room.max()))
         seen = np.stack([seen_in(prompt, self.config.vocab_size) for prompt in prompts])
         static = (self.config, self.dtype, self.num_tokens or self.config.num_tokens, top_logprobs)
-        ids, seen, drawn = _first(*static, self.params, last, jnp.asarray(seen), jnp.asarray(lengths - 1), rows)
+        ids, seen, drawn = _first(*static, self.params, last, seen, (lengths - 1).astype(np.int32), rows)
         steps = [tuple(np.asarray(part) for part in drawn)]
         position = lengths.copy()  # of the token just drawn, once it is fed back
         alive = np.ones(len(prompts), bool)
@@ -131,8 +131,8 @@ class Engine:
         """The cache with every prompt in it, and each row's last hidden state [B, D]."""
         longest = max(len(prompt) for prompt in prompts)
         cache = init_cache(self.config, len(prompts), _rounded(room), self.chunk, self.dtype)
-        last = jnp.zeros((len(prompts), self.config.embed_dim), self.dtype)
-        ends = jnp.asarray([len(prompt) - 1 for prompt in prompts], jnp.int32)
+        last: Any = np.zeros((len(prompts), self.config.embed_dim), self.dtype)
+        ends = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
         for start in range(0, longest, self.chunk):
             tokens, positions = _padded(prompts, start, min(self.chunk, _rounded(longest - start)))
             last, cache = _read(self.config, self.dtype, start == 0, self.params, cache, tokens, positions, last, ends)
@@ -162,7 +162,7 @@ def _rounded(length: int) -> int:
     return -(-length // _ROUND) * _ROUND
 
 
-def _padded(prompts: Sequence[Sequence[int]], start: int, width: int) -> tuple[jax.Array, jax.Array]:
+def _padded(prompts: Sequence[Sequence[int]], start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids [B, width] from `start` on and their positions; past a row's end the position is -1."""
     tokens = np.zeros((len(prompts), width), np.int32)
     positions = np.full((len(prompts), width), -1, np.int32)
@@ -170,20 +170,20 @@ def _padded(prompts: Sequence[Sequence[int]], start: int, width: int) -> tuple[j
         piece = np.asarray(prompt[start : start + width], np.int32)
         tokens[row, : len(piece)] = piece
         positions[row, : len(piece)] = np.arange(start, start + len(piece))
-    return jnp.asarray(tokens), jnp.asarray(positions)
+    return tokens, positions
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 7))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
 def _read(
     config: Config,
     dtype: Any,
     first: bool,
     params: Params,
     cache: Cache,
-    tokens: jax.Array,
-    positions: jax.Array,
-    last: jax.Array,
-    ends: jax.Array,
+    tokens: Any,
+    positions: Any,
+    last: Any,
+    ends: Any,
 ) -> tuple[jax.Array, Cache]:
     """Read a chunk; rows whose prompt ends in it give their last hidden state."""
     x, written = hidden(params, config, tokens, Marks(positions), cache, first=first, dtype=dtype)
@@ -201,9 +201,9 @@ def _first(
     num_tokens: int,
     top: int,
     params: Params,
-    last: jax.Array,
-    seen: jax.Array,
-    at: jax.Array,
+    last: Any,
+    seen: Any,
+    at: Any,
     rows: Rows,
 ) -> tuple[jax.Array, jax.Array, Drawn]:
     """The first token of each row, from the prompt's last hidden state."""
@@ -250,9 +250,9 @@ def _score(
     first: bool,
     params: Params,
     cache: Cache,
-    tokens: jax.Array,
-    positions: jax.Array,
-    targets: jax.Array,
+    tokens: Any,
+    positions: Any,
+    targets: Any,
 ) -> tuple[tuple[jax.Array, ...], Cache]:
     """Log-probabilities of the targets after each token of a chunk, and the likeliest ones, 64 positions at a time."""
     x, written = hidden(params, config, tokens, Marks(positions), cache, first=first, dtype=dtype)

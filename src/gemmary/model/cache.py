@@ -7,6 +7,7 @@ last token. Masks follow from the positions in the slots, so nothing else needs 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +65,19 @@ def _slots(config: Config, length: int, chunk: int) -> list[int]:
 
 def init_cache(config: Config, batch: int, length: int, chunk: int, dtype: Any) -> Cache:
     """An empty cache for positions 0 to length - 1, written in pieces of at most `chunk` tokens."""
-    chunk = min(chunk, length)
+    cache: Cache = _empty(config, batch, tuple(_slots(config, length, min(chunk, length))), dtype)
+    return cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(config: Config, batch: int, slots: tuple[int, ...], dtype: Any) -> Cache:
+    """In one dispatch, whatever the layers."""
 
     def layer(slots: int) -> LayerCache:
         shape = (batch, config.num_kv_heads, slots, config.head_dim)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, slots), -1, jnp.int32))
 
-    return tuple(layer(slots) for slots in _slots(config, length, chunk))
+    return tuple(map(layer, slots))
 
 
 def cache_bytes(config: Config, batch: int, length: int, chunk: int, dtype: Any) -> int:

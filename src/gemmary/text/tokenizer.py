@@ -1,6 +1,6 @@
 """One tokenizer for every generation: SentencePiece behind all files that a vocabulary comes in.
 
-A vocabulary is a list of pieces with scores and kinds. It is read from `tokenizer.model`, rebuilt from a Hugging Face
+A vocabulary is pieces with scores and kinds. It is read from `tokenizer.model`, rebuilt from a Hugging Face
 `tokenizer.json` or from a GGUF's arrays (see `vocabulary`), and given to SentencePiece's own BPE encoder with Gemma's
 options: no dummy prefix, no change to whitespace, byte fallback.
 
@@ -24,7 +24,7 @@ import sentencepiece
 
 from gemmary.errors import GemmaryError
 from gemmary.text import vocabulary, writers
-from gemmary.text.vocabulary import Kind, Piece
+from gemmary.text.vocabulary import Kind, Pieces
 
 __all__ = ["END_OF_TURN", "START_OF_TURN", "Decoder", "Tokenizer"]
 
@@ -38,17 +38,18 @@ _MARK = r"<\w+>|\[@?\w+@?\]"
 class Tokenizer:
     """Text to token ids and back. Immutable; made by one of the `from_…` functions.
 
-    `pieces` holds (text, score, kind) for every id, kinds numbered as in SentencePiece and GGUF.
+    `pieces` has text, score and kind of every id, kinds numbered as in SentencePiece and GGUF.
     Every constructor raises GemmaryError for a vocabulary that is missing, damaged or not Gemma's.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces: tuple[Piece, ...] = vocabulary.checked(pieces)
-        self._ids = {text: i for i, (text, _, _) in enumerate(self.pieces)}
-        self._structural = {text: i for i, (text, _, kind) in enumerate(self.pieces) if kind in _STRUCTURAL}
-        unused = (i for i, piece in enumerate(self.pieces) if piece.kind is Kind.UNUSED)
-        self._structural_ids = frozenset((*self._structural.values(), *unused))
-        self._bytes = [_as_bytes(piece) for piece in self.pieces]
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = vocabulary.checked(pieces)
+        texts = self.pieces.texts
+        self._ids = dict(zip(texts, range(len(texts)), strict=True))
+        self._structural = {texts[i]: i for i in self.pieces.where(*_STRUCTURAL)}
+        self._silent = frozenset(self._structural.values())
+        self._structural_ids = self._silent.union(self.pieces.where(Kind.UNUSED))
+        self._bytes = {i: bytes([int(texts[i][3:5], 16)]) for i in self.pieces.where(Kind.BYTE)}
         self._marks = _finder(self._structural)
         self._runs = re.compile(_longest_run(self._ids))
         try:
@@ -68,7 +69,7 @@ class Tokenizer:
         return cls(vocabulary.from_tokenizer_json(path))
 
     @classmethod
-    def from_pieces(cls, tokens: Sequence[str], scores: Iterable[float], types: Iterable[int]) -> Tokenizer:
+    def from_pieces(cls, tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> Tokenizer:
         """From a GGUF's three arrays."""
         return cls(vocabulary.from_arrays(tokens, scores, types))
 
@@ -168,9 +169,14 @@ class Tokenizer:
 
     def token_bytes(self, id: int, *, structure: bool = False) -> bytes:
         """What one id adds to the text, as UTF-8 that may be cut inside a character."""
-        if not 0 <= id < len(self._bytes):
-            raise GemmaryError(f"token id {id} is outside the vocabulary of {len(self._bytes)}")
-        return self.pieces[id].text.encode() if structure and id in self._structural_ids else self._bytes[id]
+        if not 0 <= id < self.size:
+            raise GemmaryError(f"token id {id} is outside the vocabulary of {self.size}")
+        text = self.pieces.texts[id]
+        if structure and id in self._structural_ids:
+            return text.encode()
+        if id in self._silent:
+            return b""
+        return self._bytes.get(id) or text.replace(_SPACE, " ").encode()
 
     def stream(self) -> Decoder:
         """A decoder for ids that come one by one."""
@@ -202,12 +208,6 @@ class Decoder:
     def finish(self) -> str:
         """What is left at the end: U+FFFD for a character cut short."""
         return self._utf8.decode(b"", final=True)
-
-
-def _as_bytes(piece: Piece) -> bytes:
-    if piece.kind is Kind.BYTE:
-        return bytes([int(piece.text[3:5], 16)])
-    return b"" if piece.kind in _STRUCTURAL else piece.text.replace(_SPACE, " ").encode()
 
 
 def _finder(structural: Iterable[str]) -> re.Pattern[str]:

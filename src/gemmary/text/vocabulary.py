@@ -1,4 +1,4 @@
-"""Vocabularies as files have them, read within bounds and brought to one form: a list of (text, score, kind).
+"""Vocabularies as files have them, read within bounds and brought to one form: texts, scores and kinds, side by side.
 
 Which pieces are structure is decided here, by one rule: see `kind_of`. Sources: SentencePiece's model proto, the
 published Gemma tokenizers' own files, and the arrays of published GGUFs.
@@ -7,20 +7,21 @@ published Gemma tokenizers' own files, and the arrays of published GGUFs.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from gemmary.errors import GemmaryError
 
-__all__ = ["Kind", "Piece", "checked", "from_arrays", "from_sentencepiece", "from_tokenizer_json", "kind_of"]
+__all__ = ["Kind", "Piece", "Pieces", "checked", "from_arrays", "from_sentencepiece", "from_tokenizer_json", "kind_of"]
 
 _MOST_PIECES = 1 << 20
 _MOST_PIECE_BYTES = 1 << 16
@@ -52,15 +53,63 @@ class Kind(IntEnum):
     BYTE = 6
 
 
-_KINDS = {int(kind): kind for kind in Kind}  # a dict is quicker than Kind(…), a quarter of a million times
-
-
 class Piece(NamedTuple):
     """One entry of a vocabulary; its id is its place."""
 
     text: str
     score: float
     kind: Kind
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces(Sequence[Piece]):
+    """A vocabulary in columns, so that a quarter of a million entries are read at once: scores float32 [V], kinds int32 [V]."""
+
+    texts: list[str]
+    scores: np.ndarray
+    kinds: np.ndarray
+
+    @classmethod
+    def of(cls, texts: Sequence[str], scores: Any, kinds: Any) -> Pieces:
+        """Raises ValueError, TypeError or OverflowError for columns that do not fit together."""
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
+            columns = cls(list(texts), np.asarray(scores, np.float32), np.asarray(kinds))
+        if columns.kinds.dtype.kind not in "iu" or not columns.scores.shape == columns.kinds.shape == (len(columns),):
+            raise ValueError("the columns differ")
+        if len(columns) and not (columns.kinds.min() >= 1 and columns.kinds.max() <= len(Kind)):
+            raise ValueError("a kind that is none")
+        return cls(columns.texts, columns.scores, columns.kinds.astype(np.int32))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, at: int) -> Piece: ...
+    @overload
+    def __getitem__(self, at: slice) -> Pieces: ...
+    def __getitem__(self, at: int | slice) -> Piece | Pieces:
+        if isinstance(at, slice):
+            return Pieces(self.texts[at], self.scores[at], self.kinds[at])
+        return Piece(self.texts[at], float(self.scores[at]), Kind(self.kinds[at]))
+
+    def __iter__(self) -> Iterator[Piece]:
+        return map(Piece, self.texts, self.scores.tolist(), map(Kind, self.kinds.tolist()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pieces) and all(
+            (
+                self.texts == other.texts,
+                np.array_equal(self.scores, other.scores),
+                np.array_equal(self.kinds, other.kinds),
+            )
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def where(self, *kinds: Kind) -> list[int]:
+        """The ids of the pieces of these kinds."""
+        found: list[int] = np.flatnonzero(np.isin(self.kinds, kinds)).tolist()
+        return found
 
 
 def kind_of(text: str, kind: Kind) -> Kind:
@@ -73,8 +122,6 @@ def kind_of(text: str, kind: Kind) -> Kind:
     structure. A spare slot that its file does not reserve (`<unused99>` in Gemma 1's tokenizer.json) is unused, which
     no encoder emits.
     """
-    if kind is Kind.NORMAL and text[0] not in "<[":  # nearly all
-        return kind
     if text == "<unk>":
         return Kind.UNKNOWN
     if _BYTE.fullmatch(text):
@@ -89,33 +136,42 @@ def kind_of(text: str, kind: Kind) -> Kind:
     return Kind.NORMAL if kind is Kind.BYTE else kind
 
 
-def checked(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+def checked(pieces: Pieces) -> Pieces:
     """The pieces with the kinds of `kind_of`. Raises GemmaryError for what no Gemma vocabulary can be."""
-    if not len(_REQUIRED) < len(pieces) <= _MOST_PIECES:
+    texts, seen = pieces.texts, set(pieces.texts)
+    if not len(_REQUIRED) < len(texts) <= _MOST_PIECES:
         raise GemmaryError(
-            f"the vocabulary has {len(pieces)} pieces; a tokenizer has 5 to {_MOST_PIECES}: it is damaged"
+            f"the vocabulary has {len(texts)} pieces; a tokenizer has 5 to {_MOST_PIECES}: it is damaged"
         )
-    for i, (text, score, _) in enumerate(pieces):
-        if not text or type(text) is not str or "\0" in text or not math.isfinite(score):
-            raise GemmaryError(f"piece {i} of the vocabulary is no text, has a NUL or no finite score: it is damaged")
-    texts = [piece.text for piece in pieces]
-    seen = set(texts)
+    if set(map(type, texts)) != {str} or "" in seen or "\0" in "".join(texts) or not np.isfinite(pieces.scores).all():
+        wrong = (not isinstance(text, str) or not text or "\0" in text for text in texts)
+        i = next(
+            i for i, (one, score) in enumerate(zip(wrong, pieces.scores, strict=True)) if one or not np.isfinite(score)
+        )
+        raise GemmaryError(f"piece {i} of the vocabulary is no text, has a NUL or no finite score: it is damaged")
     if len(seen) < len(texts):
         twice = next(text for text, count in Counter(texts).items() if count > 1)
         raise GemmaryError(f"the vocabulary has the piece {twice[:40]!r} twice: it is damaged")
     try:
-        if max(len(text.encode()) for text in texts) > _MOST_PIECE_BYTES:
-            raise GemmaryError(f"a piece of the vocabulary is over {_MOST_PIECE_BYTES} bytes: it is damaged")
+        "".join(texts).encode()
     except UnicodeEncodeError:
         raise GemmaryError("a piece of the vocabulary is not Unicode (a lone surrogate): it is damaged") from None
+    if (
+        len(max(texts, key=len)) > _MOST_PIECE_BYTES // 4
+        and max(len(text.encode()) for text in texts) > _MOST_PIECE_BYTES
+    ):
+        raise GemmaryError(f"a piece of the vocabulary is over {_MOST_PIECE_BYTES} bytes: it is damaged")
     missing = [text for text in (*_REQUIRED, *(f"<0x{i:02X}>" for i in range(256))) if text not in seen]
     if missing:
         raise GemmaryError(f"the vocabulary lacks {missing[0]}: it is not a Gemma tokenizer's")
-    kinds = [kind_of(text, kind) for text, _, kind in pieces]
-    return tuple(p if p.kind is kind else p._replace(kind=kind) for p, kind in zip(pieces, kinds, strict=True))
+    kinds = pieces.kinds.copy()
+    unlike = {i for i, text in enumerate(texts) if text[0] in "<["}
+    for i in unlike.union(np.flatnonzero(kinds != Kind.NORMAL).tolist()):  # all others are what their file calls them
+        kinds[i] = kind_of(texts[i], Kind(kinds[i]))
+    return Pieces(texts, pieces.scores, kinds)
 
 
-def from_sentencepiece(model: Path | str | bytes) -> list[Piece]:
+def from_sentencepiece(model: Path | str | bytes) -> Pieces:
     """The pieces of a `tokenizer.model` file, or of its bytes."""
     where = "the tokenizer" if isinstance(model, bytes) else str(model)
     data = model if isinstance(model, bytes) else _read(Path(model), _MOST_MODEL_BYTES)
@@ -129,7 +185,7 @@ def from_sentencepiece(model: Path | str | bytes) -> list[Piece]:
             raise GemmaryError(
                 f"{where} is not a SentencePiece BPE model: take the tokenizer.model that Gemma came with"
             )
-        return [Piece(piece.piece, piece.score, _KINDS[piece.type]) for piece in proto.pieces]
+        return Pieces.of(*zip(*((piece.piece, piece.score, piece.type) for piece in proto.pieces), strict=True))
     except (DecodeError, UnicodeDecodeError):
         raise GemmaryError(f"{where} is not a SentencePiece model, or is cut short: fetch it again") from None
 
@@ -150,20 +206,20 @@ def _pieces_in(data: bytes) -> int:
     return count
 
 
-def from_arrays(tokens: Sequence[str], scores: Iterable[float], types: Iterable[int]) -> list[Piece]:
+def from_arrays(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> Pieces:
     """The pieces of a GGUF's three arrays, without the rows that pad the embedding (`[PAD256000]`, …) at the end."""
     try:
-        rows = zip(tokens, map(float, scores), map(int, types), strict=True)
         # GGUF writes literal pieces with plain spaces; everywhere else a space in a piece is ▁.
-        pieces = [Piece(text.replace(" ", "▁"), score, _KINDS[kind]) for text, score, kind in rows]
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        pieces = Pieces.of([text.replace(" ", "▁") if " " in text else text for text in tokens], scores, types)
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise GemmaryError("the GGUF's tokens, scores and types do not fit together: it is damaged") from None
-    while pieces and _PADDING.fullmatch(pieces[-1].text):
-        pieces.pop()
-    return pieces
+    size = len(pieces)
+    while size and _PADDING.fullmatch(pieces.texts[size - 1]):
+        size -= 1
+    return pieces[:size]
 
 
-def from_tokenizer_json(path: Path | str) -> list[Piece]:
+def from_tokenizer_json(path: Path | str) -> Pieces:
     """The pieces of a Hugging Face file. A piece's score is minus the rank of the first merge that makes it.
 
     SentencePiece merges what scores highest, `tokenizers` what ranks first; both take the leftmost of equals.
@@ -191,9 +247,9 @@ def from_tokenizer_json(path: Path | str) -> list[Piece]:
         raise GemmaryError(
             f"{path} is not a Hugging Face tokenizer.json ({type(error).__name__}): fetch it again"
         ) from None
-    if clash or places.keys() != set(range(len(places))):
+    if clash or not places or places.keys() != set(range(len(places))):
         raise GemmaryError(f"{path}: its ids are not 0 to {len(places) - 1}, each once: it is damaged")
-    return list(_from_places(places, added, ranks))
+    return Pieces.of(*zip(*_from_places(places, added, ranks), strict=True))
 
 
 def _from_places(places: dict[int, str], added: dict[str, Any], ranks: dict[str, int]) -> Iterator[Piece]:
