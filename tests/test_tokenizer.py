@@ -134,7 +134,7 @@ def test_all_readers_agree(tiny: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_a_written_model_is_as_protobuf_writes_it(tiny: Tokenizer) -> None:
-    longer = [("ä" * n, -1e6 - n, Kind.NORMAL) for n in (50, 58, 59, 60, 63, 64, 65, 100, 8000, 8192, 20_000)]
+    longer = [("ä" * n, -1e6 - n, Kind.NORMAL) for n in (50, 58, 59, 60, 63, 64, 65, 100, 150)]
     rows = [*tiny.pieces, *longer]
     for structure in (False, True):
         written = writers.to_sentencepiece(Tokenizer.from_pieces(*zip(*rows, strict=True)).pieces, structure=structure)

@@ -164,6 +164,14 @@ def block(
     return x + out, cache
 
 
+@partial(jax.jit, static_argnums=(5, 6, 7), inline=True)
+def _cached(
+    x: Array, w: Params, turn: Turn, marks: Marks, cache: Layer, config: Config, window: int | None, first: bool
+) -> tuple[Array, Layer | None]:
+    """`block` for layers that are alike, traced once for all of them: tracing is a third of the time to a first token."""
+    return block(x, w, _Kind(window, turn), config, marks, cache, first)
+
+
 def hidden(
     params: Params,
     config: Config,
@@ -194,8 +202,11 @@ def hidden(
     written = []
     for i, kind in enumerate(_kinds(config, marks.positions)):
         w = {name: weight[i] for name, weight in layers.items()}
-        x, new = layer(x, w, kind, config, marks, cache[i] if cache is not None else None, first)
-        written.append(new)
+        if cache is None:
+            x, _ = layer(x, w, kind, config, marks)
+        else:
+            x, new = _cached(x, w, kind.turn, marks, cache[i], config, kind.window, first)
+            written.append(new)
     x = rms_norm(x, params["final_norm"], config.norm_eps)
     return x, tuple(written) if cache is not None else None
 
