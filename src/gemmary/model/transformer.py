@@ -42,9 +42,9 @@ Remat = Literal["none", "dots", "layers"]
 _REMAT: dict[Remat, Callable[..., Any]] = {
     "none": lambda layer: layer,
     "dots": partial(
-        jax.checkpoint, static_argnums=(3, 6), policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint, static_argnums=(3,), policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
-    "layers": partial(jax.checkpoint, static_argnums=(3, 6)),
+    "layers": partial(jax.checkpoint, static_argnums=(3,)),
 }
 
 
@@ -84,7 +84,7 @@ def _scan(
 
     def body(x: Array, at: tuple[Params, Any, Any]) -> tuple[Array, None]:
         w, window, scale = at
-        return layer(x, w, _Kind(window, turn(marks.positions, scale)), config, marks, None, False)[0], None
+        return layer(x, w, _Kind(window, turn(marks.positions, scale)), config, marks)[0], None
 
     return jax.lax.scan(body, x, (layers, windows, scales))[0]
 
