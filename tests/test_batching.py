@@ -13,6 +13,7 @@ from models import small
 
 from gemmary.errors import GemmaryError
 from gemmary.infer.batching import Batcher, Closing, Overloaded, Request
+from gemmary.infer.drafting import Drafts, Guessers, LookUps
 from gemmary.infer.engine import Engine, Token
 from gemmary.infer.sampling import Sampling
 from gemmary.model.pages import PAGE, page_bytes
@@ -90,6 +91,55 @@ def test_answers_are_those_of_each_alone(kind: str) -> None:
     callers = [Caller(batcher, request) for request in requests]
     assert [caller.ids() for caller in callers] == together(model, requests)
     assert batcher.stats().cached_tokens >= 256
+    assert batcher.stats().busy == 0
+    batcher.close()
+
+
+def guessers(kind: str, model: Engine) -> Guessers:
+    """Guesses that are right now and then, nearly always, or never."""
+    if kind == "look-up":
+        return LookUps()
+    config, params = model.config, model.params
+    if kind == "another":
+        params = params | {"embed": params["embed"][::-1]}
+    return Drafts(Engine(params, config), 4)
+
+
+@pytest.mark.parametrize("kind", ["look-up", "itself", "another"])
+def test_guesses_change_no_answer(kind: str) -> None:
+    model = engine("gemma3")
+    batcher = Batcher(model, slots=4, guessers=guessers(kind, model))
+    requests = [
+        Request(prompt(length, length % 3), 40, Sampling(temperature, seed=length), client=str(length))
+        for length in (1, 30, 63, 200, 600)
+        for temperature in (0.0, 0.9)
+    ]
+    requests += [Request(prompt(20, 3), 30, Sampling(0.0, repetition_penalty=1.5)), Request([5, 6] * 30, 90)]
+    callers = [Caller(batcher, request) for request in requests]
+    assert [caller.ids() for caller in callers] == together(model, requests)
+    stats = batcher.stats()
+    assert stats.new_tokens == sum(request.max_new_tokens for request in requests)
+    assert 0 < stats.guessed_tokens >= stats.right_tokens
+    if kind == "itself":
+        assert stats.right_tokens > stats.guessed_tokens * 0.4  # greedy guesses; half of the answers are drawn at 0.9
+    alone = Caller(batcher, Request([5, 6] * 30, 90))
+    assert alone.ids() == together(model, [Request([5, 6] * 30, 90)])[0]
+    assert batcher.stats().right_tokens > (stats.right_tokens if kind != "another" else -1)
+    batcher.close()
+
+
+def test_guesses_end_where_an_answer_ends() -> None:
+    model = engine("gemma3")
+    whole = together(model, [Request(prompt(30), 40)])[0]
+    batcher = Batcher(model, slots=2, guessers=Drafts(engine("gemma3"), 2))
+    for at in range(1, 12):
+        stop = whole[at]
+        wanted = whole[: whole.index(stop) + 1]
+        assert Caller(batcher, Request(prompt(30), 40, stop_ids=(stop,))).ids() == wanted
+        assert Caller(batcher, Request(prompt(30), at)).ids() == whole[:at]
+    cancelled = Caller(batcher, Request(prompt(30), 40))
+    cancelled.ticket.cancel()
+    assert Caller(batcher, Request(prompt(30), 40)).ids() == whole
     assert batcher.stats().busy == 0
     batcher.close()
 

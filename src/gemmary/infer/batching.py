@@ -11,66 +11,27 @@ import itertools
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gemmary.errors import GemmaryError
+from gemmary.infer.drafting import GUESSES, Guessers, Text
 from gemmary.infer.engine import Engine, Token
 from gemmary.infer.memory import Holding, Memory
 from gemmary.infer.steps import Entry, Grammar, Pending, Request, Steps
+from gemmary.infer.waiting import Closing, Deliver, Overloaded, Queue, Stats, Ticket
 
 __all__ = ["Batcher", "Closing", "Grammar", "Overloaded", "Request", "Stats", "Ticket"]
 
 log = logging.getLogger(__name__)
 
-Deliver = Callable[[Token | Exception], None]
-
-
-class Overloaded(GemmaryError):
-    """The queue is full; `retry_after` seconds may help."""
-
-    def __init__(self, waiting: int, retry_after: float) -> None:
-        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after:.0f} s")
-        self.retry_after = retry_after
-
-
-class Closing(GemmaryError):
-    """No more requests are taken."""
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Where things stand, and counts since the start. `cached_tokens` of the prompts were not read again."""
-
-    slots: int
-    busy: int
-    queued: int
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    new_tokens: int
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request on its way."""
-
-    request: Request
-    deliver: Deliver
-    cancelled: bool = False
-    ended: bool = False
-    _wake: Callable[[], None] = lambda: None
-
-    def cancel(self) -> None:
-        """Nothing more is delivered; what it holds is free within a step."""
-        self.cancelled = True
-        self._wake()
-
 
 @dataclass(eq=False)
 class _Running:
-    """A request that has a slot. `tokens` are the prompt and what was drawn; `read` of them are in the cache, or on the way."""
+    """A request that has a slot. `tokens` are the prompt and what was drawn; `read` of them are in the cache, or on the way.
+
+    Guesses are on the way behind them.
+    """
 
     ticket: Ticket
     slot: int
@@ -78,6 +39,13 @@ class _Running:
     tokens: list[int]
     room: int
     read: int
+    guess: list[int] = field(default_factory=list)
+
+    @property
+    def guessable(self) -> bool:
+        """Whether tokens may be guessed: penalties and grammars must hear of each before the next is drawn."""
+        request = self.ticket.request
+        return request.grammar is None and not request.sampling.penalized
 
     @property
     def prompt_length(self) -> int:
@@ -88,22 +56,34 @@ class Batcher:
     """Serves requests on a thread of its own.
 
     `slots` are answered at once, `queue` may wait, and the cache takes `memory` bytes (default: enough for every slot, of a
-    moderate length). Raises GemmaryError where the memory is too small for the model.
+    moderate length). With `guessers` several tokens of a request may come in a step, the same as without. Raises GemmaryError
+    where the memory is too small for the model.
     """
 
-    def __init__(self, engine: Engine, *, slots: int = 8, queue: int = 128, memory: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        slots: int = 8,
+        queue: int = 128,
+        memory: int | None = None,
+        guessers: Guessers | None = None,
+    ) -> None:
         if slots < 1 or queue < 1:
             raise GemmaryError(f"{slots} slots and a queue of {queue}: both must be at least 1")
-        self._steps = Steps(engine, slots, memory)
-        self._slots, self._most = slots, queue
+        self._steps = Steps(engine, slots, memory, guesses=GUESSES if guessers else 0)
+        self._guessers = guessers
+        self._slots = slots
         self._engine = engine
-        self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()
+        self._waiting = Queue(queue, slots)
         self._running: dict[int, _Running] = {}
         self._reading: _Running | None = None
         self._pending: tuple[list[_Running], Pending] | None = None
         self._changed = threading.Condition()
         self._closing: float | None = None
-        self._counts = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "new_tokens"), 0)
+        self._counts = dict.fromkeys(
+            ("requests", "prompt_tokens", "cached_tokens", "new_tokens", "guessed_tokens", "right_tokens"), 0
+        )
         self._thread = threading.Thread(target=self._serve, name="gemmary-batcher", daemon=True)
         self._thread.start()
 
@@ -135,10 +115,7 @@ class Batcher:
         with self._changed:
             if self._closing is not None:
                 raise Closing("the server is shutting down")
-            waiting = self._queued()
-            if waiting >= self._most:
-                raise Overloaded(waiting, max(1.0, waiting / self._slots))
-            self._waiting.setdefault(request.client, deque()).append(ticket)
+            self._waiting.put(ticket)
             self._changed.notify()
         return ticket
 
@@ -146,7 +123,7 @@ class Batcher:
         """Where things stand."""
         with self._changed:
             busy = len(self._running) + (self._reading is not None)
-            return Stats(slots=self._slots, busy=busy, queued=self._queued(), **self._counts)
+            return Stats(slots=self._slots, busy=busy, queued=len(self._waiting), **self._counts)
 
     def close(self, grace: float = 0.0) -> None:
         """Take no more; let what was taken finish for `grace` seconds, then end the rest with `Closing`. Waits for it."""
@@ -158,6 +135,8 @@ class Batcher:
 
     def warm_up(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compile the shapes that requests need, before the first one comes. Not while requests are served."""
+        if self._guessers is not None:
+            self._guessers.warm_up()
         self._steps.warm_up(on_progress)
 
     def _wake(self) -> None:
@@ -166,9 +145,6 @@ class Batcher:
 
     def _busy(self) -> bool:
         return bool(self._running or self._reading or self._pending)
-
-    def _queued(self) -> int:
-        return sum(not ticket.cancelled for line in self._waiting.values() for ticket in line)
 
     def _serve(self) -> None:
         while True:
@@ -187,6 +163,8 @@ class Batcher:
                 log.exception("a step failed")
                 self._end_all(error)
                 self._steps.reset()
+                if self._guessers is not None:
+                    self._guessers.reset()
 
     def _turn(self) -> None:
         """One round: let go of what was cancelled, read a chunk of one prompt, and draw a token for each that is answered."""
@@ -206,22 +184,15 @@ class Batcher:
         """The next request, if there are a slot and pages for it. Clients take turns."""
         with self._changed:
             free = next(slot for slot in itertools.count() if slot not in self._running)
-            for client, line in list(self._waiting.items()):
-                self._waiting[client] = deque(ticket for ticket in line if not ticket.cancelled)
-                if not self._waiting[client]:
-                    del self._waiting[client]
-            if free >= self._slots or not self._waiting:
+            ticket = self._waiting.peek()
+            if ticket is None or free >= self._slots:
                 return None
-            client, line = next(iter(self._waiting.items()))
-            request = line[0].request
+            request = ticket.request
             room = min(len(request.prompt) + request.max_new_tokens, self.longest)
             holding = self._memory.begin(request.prompt, room)
             if holding is None:
                 return None
-            ticket = line.popleft()
-            self._waiting.move_to_end(client)
-            if not line:
-                del self._waiting[client]
+            self._waiting.pop()
             self._counts["requests"] += 1
             self._counts["prompt_tokens"] += len(request.prompt)
             self._counts["cached_tokens"] += holding.cached
@@ -240,42 +211,70 @@ class Batcher:
         request = one.ticket.request
         self._steps.begin(one.slot, request)
         self._reading, self._running[one.slot] = None, one
+        if self._guessers is not None and one.guessable:
+            self._guessers.begin(one.slot, request.prompt, one.room)
         self._take([one], self._steps.first(one.slot, request, one.prompt_length - 1).tokens())
 
     def _step(self) -> None:
-        """A token for each that is answered: the next step is on its way while the tokens of the one before are read."""
+        """A token or more for each that is answered: the next step is on its way while the tokens of the one before are read."""
         before, self._pending = self._pending, None
-        waits = any(one.ticket.request.grammar is not None for one in self._running.values())
-        if before and waits:  # a grammar must hear of a token before the next one is drawn
-            self._take(before[0], before[1].tokens())
+        guesses = self._guessers is not None and any(one.guessable for one in self._running.values())
+        if before and (guesses or any(one.ticket.request.grammar is not None for one in self._running.values())):
+            self._take(before[0], before[1].tokens())  # what is drawn next depends on them
             before = None
         those = [one for one in self._running.values() if one.read < one.room - 1]
+        if guesses:
+            self._guess(those)
+        entries = []
         for one in those:
-            self._memory.advance(one.holding, one.read, one.read + 1)
+            self._memory.advance(one.holding, one.read, one.read + 1 + len(one.guess))
+            fed = [one.tokens[one.read] if one.read < len(one.tokens) else -1, *one.guess]
+            entries += [Entry(one.slot, one.ticket.request, one.holding, one.read + i, id) for i, id in enumerate(fed)]
         if those:
-            entries = [Entry(one.slot, one.ticket.request, one.holding, one.read) for one in those]
             self._pending = those, self._steps.next(entries)
         for one in those:
             one.read += 1
         if before:
             self._take(before[0], before[1].tokens())
 
-    def _take(self, those: list[_Running], drawn: Sequence[Token]) -> None:
+    def _guess(self, those: Sequence[_Running]) -> None:
+        """Have tokens guessed, as many as the widest step has rows for."""
+        assert self._guessers is not None
+        each = min(GUESSES, self._steps.widest // max(len(those), 1) - 1)
+        guessed = [one for one in those if one.guessable and each > 0]
+        texts = [Text(one.slot, one.tokens, min(each, one.room - len(one.tokens) - 1)) for one in guessed]
+        for one, guess in zip(guessed, self._guessers.guess(texts), strict=True):
+            one.guess = guess
+            self._counts["guessed_tokens"] += len(guess)
+
+    def _take(self, those: Sequence[_Running], drawn: Sequence[Token]) -> None:
         """Deliver tokens, and let go of the requests that they end."""
-        for one, token in zip(those, drawn, strict=True):
-            if one.ticket.ended:  # while its last step was on the way
-                continue
-            request = one.ticket.request
-            one.tokens.append(token.id)
-            if request.grammar is not None and token.id not in request.stop_ids:
-                request.grammar.accept(token.id)
-            finish = self._finish(one, token.id)
-            with self._changed:
-                self._counts["new_tokens"] += 1
-            if not one.ticket.cancelled:
-                self._deliver(one.ticket, token._replace(row=0, finish=finish))
-            if finish is not None:
-                self._leave(one)
+        rows = iter(drawn)
+        for one in those:
+            guess, one.guess = one.guess, []
+            mine = list(itertools.islice(rows, 1 + len(guess)))
+            for i, token in enumerate(mine):
+                if one.ticket.ended:  # while its last step was on the way, or by the token before
+                    break
+                self._accept(one, token)
+                if i == len(guess) or token.id != guess[i] or one.ticket.ended:
+                    break
+                one.read += 1
+                self._counts["right_tokens"] += 1
+
+    def _accept(self, one: _Running, token: Token) -> None:
+        """The next token of a request."""
+        request = one.ticket.request
+        one.tokens.append(token.id)
+        if request.grammar is not None and token.id not in request.stop_ids:
+            request.grammar.accept(token.id)
+        finish = self._finish(one, token.id)
+        with self._changed:
+            self._counts["new_tokens"] += 1
+        if not one.ticket.cancelled:
+            self._deliver(one.ticket, token._replace(row=0, finish=finish))
+        if finish is not None:
+            self._leave(one)
 
     @staticmethod
     def _finish(one: _Running, token: int) -> str | None:
@@ -297,6 +296,8 @@ class Batcher:
         self._memory.record(one.holding, one.tokens[: min(one.read, len(one.tokens) - 1)])
         self._memory.end(one.holding)
         one.ticket.ended = True
+        if self._guessers is not None:
+            self._guessers.end(one.slot)
         with self._changed:
             if one is self._reading:
                 self._reading = None
@@ -306,7 +307,7 @@ class Batcher:
         with self._changed:
             tickets = [one.ticket for one in self._running.values()]
             tickets += [self._reading.ticket] if self._reading else []
-            tickets += [ticket for line in self._waiting.values() for ticket in line]
+            tickets += list(self._waiting)
             self._running, self._reading, self._pending = {}, None, None
             self._waiting.clear()
         for ticket in tickets:

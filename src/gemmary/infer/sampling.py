@@ -60,6 +60,11 @@ class Sampling:
             if not math.isfinite(value) or not inside:
                 raise GemmaryError(f"{name} is {value}; it must be {'from' if closed else 'above'} {least} to {most}")
 
+    @property
+    def penalized(self) -> bool:
+        """Whether tokens that are there already are held down."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
 
 GREEDY = Sampling()
 

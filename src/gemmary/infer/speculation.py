@@ -105,7 +105,7 @@ def speculate(
     Raises GemmaryError as `generate` does, and for penalties: what they count changes with every token.
     """
     engine.check([prompt], max_new_tokens, top_logprobs)
-    if (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0):
+    if sampling.penalized:
         raise GemmaryError("penalties count every token before the next is drawn: they cannot go with speculation")
     if not 1 <= guesses < _READ:
         raise GemmaryError(f"guesses is {guesses}; it must be from 1 to {_READ - 1}")

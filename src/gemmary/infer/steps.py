@@ -61,12 +61,16 @@ class Request:
 
 
 class Entry(NamedTuple):
-    """One slot in a step: its request, its pages, and the position of its last token."""
+    """One row of a step: its slot, request and pages, the position that is fed, and the token: -1 is what was drawn last.
+
+    A slot may have several rows, of consecutive positions: each sees those before it.
+    """
 
     slot: int
     request: Request
     holding: Holding
     position: int
+    token: int = -1
 
 
 class Pending(NamedTuple):
@@ -87,10 +91,14 @@ class Pending(NamedTuple):
 
 
 class Steps:
-    """The device's side of a batcher with `slots`: pages of `memory` bytes, and what was drawn in each slot."""
+    """The device's side of a batcher with `slots`: pages of `memory` bytes, and what was drawn in each slot.
 
-    def __init__(self, engine: Engine, slots: int, memory: int | None) -> None:
+    A step has at most `widest` rows: one for each slot, or one slot's with `guesses` behind it.
+    """
+
+    def __init__(self, engine: Engine, slots: int, memory: int | None, *, guesses: int = 0) -> None:
         self._engine, self._slots = engine, slots
+        self.widest = max(slots, guesses + 1)
         self.chunk, self.small_chunk = min(engine.chunk, _WIDTHS[-1]), _WIDTHS[-2]
         self.num_tokens = engine.num_tokens or engine.config.num_tokens
         if memory is None:
@@ -147,19 +155,23 @@ class Steps:
         return Pending(drawn, [request])
 
     def next(self, entries: Sequence[Entry]) -> Pending:
-        """A step for each: the token that was drawn last is fed at its position, and the next one drawn."""
-        size = min(_power(len(entries)), self._slots)
+        """A step for each: a token is fed at its position, and the next one drawn.
+
+        After several rows of a slot its next token must be named: what was drawn last is that of any of them.
+        """
+        size = min(_power(len(entries)), self.widest)
         requests = [entry.request for entry in entries]
         idle = size - len(entries)
         slots = np.array([entry.slot for entry in entries] + [self._slots] * idle, np.int32)  # past the last: nobody's
         positions = np.array([[entry.position] for entry in entries] + [[-1]] * idle, np.int32)
+        fed = np.array([entry.token for entry in entries] + [-1] * idle, np.int32)
         tables = self.memory.tables([entry.holding for entry in entries] + [None] * idle, self._width)
         rows = rows_of([request.sampling for request in requests] + [GREEDY] * idle)
         bias = self._biases(requests, size)
         top = _TOP if any(request.top_logprobs for request in requests) else 0
         drawn, self._pools, self._history, self._last = _next(
             self._engine.config, self._engine.dtype, self.num_tokens, top, self._engine.params, self._pools, self._history,
-            self._last, tables, slots, positions, rows, bias,
+            self._last, tables, slots, positions, fed, rows, bias,
         )  # fmt: skip
         return Pending(drawn, requests)
 
@@ -179,7 +191,7 @@ class Steps:
 
     def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
         """Compile: every size of step, and every width of a chunk at a text's beginning."""
-        sizes = [1 << i for i in range((self._slots - 1).bit_length())] + [self._slots]
+        sizes = [1 << i for i in range((self.widest - 1).bit_length())] + [self.widest]
         total = len(sizes) + len(_WIDTHS) + 1
         done = itertools.count(1)
         for width in _WIDTHS:
@@ -241,9 +253,9 @@ def _draw_first(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6, 7))
 def _next(
     config: Config, dtype: Any, num_tokens: int, top: int, params: Params, pools: tuple[Pool, ...], history: jax.Array,
-    last: jax.Array, tables: Any, slots: Any, positions: Any, rows: Rows, bias: Any,
+    last: jax.Array, tables: Any, slots: Any, positions: Any, fed: Any, rows: Rows, bias: Any,
 ) -> tuple[Drawn, tuple[Pool, ...], jax.Array, jax.Array]:  # fmt: skip
-    ids = last.at[slots].get(mode="clip")[:, None]
+    ids = jnp.where(fed < 0, last.at[slots].get(mode="clip"), fed)[:, None]
     x, written = hidden(params, config, ids, Marks(positions), _caches(config, pools, tables), dtype=dtype)
     at = positions[:, 0]
     drawn, history, last = _draw(config, num_tokens, top, params, x[:, 0], history, last, slots, at, rows, bias)

@@ -21,6 +21,8 @@ _COUNTERS = {
     "prompt_tokens": "Tokens of prompts.",
     "cached_tokens": "Tokens of prompts that were in a cache already.",
     "new_tokens": "Tokens generated.",
+    "guessed_tokens": "Tokens guessed ahead, with --look-up or --draft.",
+    "right_tokens": "Tokens guessed ahead that were right.",
 }
 
 
