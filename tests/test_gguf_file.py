@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gemmary.checkpoints import gguf_file
 from gemmary.checkpoints.gguf_file import READ_TYPES, WRITE_TYPES, GGUFReader, GGUFWriter
 from gemmary.errors import GemmaryError
 
@@ -59,6 +60,11 @@ def test_lists_of_many_strings(tmp_path: Path) -> None:
     file.close()
     assert file.fields["words"] == words
     assert file.fields["after"] == 5
+
+
+def test_types_are_those_of_the_gguf_package() -> None:
+    sizes = {kind.name: (int(kind), *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
+    assert {kind: sizes[kind] for kind in READ_TYPES} == gguf_file._TYPES
 
 
 @pytest.mark.parametrize("kind", READ_TYPES)

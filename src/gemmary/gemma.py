@@ -143,9 +143,13 @@ class Gemma:
                 return
             yield Piece(text, token)
 
-    def _draft(self, model: Gemma, room: int) -> Draft:
+    def check_draft(self, model: Gemma) -> None:
+        """Raises GemmaryError for a model that cannot guess for this one."""
         if model.tokenizer.pieces != self.tokenizer.pieces:
             raise GemmaryError("the draft model has another tokenizer: its guesses would mean other tokens")
+
+    def _draft(self, model: Gemma, room: int) -> Draft:
+        self.check_draft(model)
         return Draft(model.engine, room)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:

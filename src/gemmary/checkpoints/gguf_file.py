@@ -1,7 +1,7 @@
 """The GGUF container (ggml's docs/gguf.md, versions 2 and 3), read within bounds and written one tensor at a time.
 
 The header reader is our own: every count is checked against a limit and against the bytes that are left before anything is
-made of it. Dequantizing is the `gguf` package's. A file may come in parts that are read as one.
+made of it. Dequantizing is the `gguf` package's, imported when it is asked for. A file may come in parts that are read as one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize, quantize
 
 from gemmary.checkpoints.gguf_header import ARRAY, SCALARS, STRING, Header, Parts
 from gemmary.errors import GemmaryError
@@ -29,14 +27,20 @@ _MOST_NAME = 256
 _MOST_BLOCK_BYTES = 64 << 20  # of a quantized tensor, dequantized at a time
 
 _NUMBERS = {np.dtype(code): number for number, code in SCALARS.items()}
-_TYPES = {int(kind): kind.name for kind in GGMLQuantizationType}
+
+# Each type's number in the file, the values of a block and its bytes (ggml's ggml-common.h).
+_TYPES = {
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "Q8_0": (8, 32, 34), "Q4_0": (2, 32, 18), "Q5_0": (6, 32, 22),
+    "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210),
+}  # fmt: skip
+_NAMES = {number: name for name, (number, _, _) in _TYPES.items()}
 
 _PLAIN: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-READ_TYPES = (*_PLAIN, "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
+READ_TYPES = tuple(_TYPES)
 WRITE_TYPES = ("F32", "BF16", "Q8_0", "Q4_0")
 
 
@@ -115,15 +119,15 @@ class GGUFReader:
 
     def _entry(self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int, alignment: int) -> Entry:
         where = self._parts.where
-        if _TYPES.get(kind) not in READ_TYPES:
-            raise GemmaryError(f"{where}: {name} is {_TYPES.get(kind, kind)}; gemmary reads {', '.join(READ_TYPES)}")
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if kind not in _NAMES:
+            raise GemmaryError(f"{where}: {name} is {_named(kind)}; gemmary reads {', '.join(READ_TYPES)}")
+        _, block, block_bytes = _TYPES[_NAMES[kind]]
         if not all(shape) or shape[-1] % block:
             raise GemmaryError(f"{where}: {name} has the shape {list(shape)}, which its type cannot have")
         nbytes = math.prod(shape) // block * block_bytes
         if offset % alignment or data + offset + nbytes > self._parts.size:
             raise GemmaryError(f"{where}: {name} lies outside the file or misaligned; the file is cut short or damaged")
-        return Entry(_TYPES[kind], shape, data + offset, nbytes)
+        return Entry(_NAMES[kind], shape, data + offset, nbytes)
 
     def read(self, name: str) -> np.ndarray:
         """That tensor: F32, F16 and BF16 as they are, quantized types as float32, some rows at a time."""
@@ -132,6 +136,8 @@ class GGUFReader:
             plain = np.empty(entry.shape, entry.dtype)
             self._parts.read_into(entry.start, plain.reshape(-1).view(np.uint8).data)
             return plain
+        from gguf.quants import GGMLQuantizationType, dequantize
+
         rows = np.empty((math.prod(entry.shape[:-1]), entry.shape[-1]), np.float32)
         step = max(1, _MOST_BLOCK_BYTES // (4 * entry.shape[-1]))
         for start in range(0, len(rows), step):
@@ -166,8 +172,7 @@ class GGUFWriter:
         self._places: dict[str, tuple[int, tuple[int, ...], str]] = {}
         at = 0
         for name, shape, kind in plan:
-            number = GGMLQuantizationType[kind]
-            block, block_bytes = GGML_QUANT_SIZES[number]
+            number, block, block_bytes = _TYPES[kind]
             if kind not in WRITE_TYPES or shape[-1] % block:
                 raise GemmaryError(f"{name} of shape {list(shape)} cannot be written as {kind}")
             header += [_string(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], number, at)]
@@ -195,6 +200,8 @@ class GGUFWriter:
             plain = np.ascontiguousarray(array.astype(_PLAIN[kind], copy=False))
             self._file.write(plain.reshape(-1).view(np.uint8).data)
             return
+        from gguf.quants import GGMLQuantizationType, quantize
+
         rows = array.reshape(-1, shape[-1])
         step = max(1, _MOST_BLOCK_BYTES // (4 * shape[-1]))
         for start in range(0, len(rows), step):
@@ -210,6 +217,13 @@ class GGUFWriter:
             raise GemmaryError(
                 f"{len(self._places)} tensors were planned and not written: {next(iter(self._places))}, …"
             )
+
+
+def _named(kind: int) -> str:
+    """What ggml calls a type that we do not read."""
+    from gguf import GGMLQuantizationType
+
+    return next((known.name for known in GGMLQuantizationType if known == kind), str(kind))
 
 
 def _string(text: str) -> bytes:

@@ -92,6 +92,11 @@ class Batcher:
         return self._steps.memory
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread that makes answers still runs."""
+        return self._thread.is_alive()
+
+    @property
     def longest(self) -> int:
         """Tokens that a prompt and its answer may have together."""
         return self._memory.longest

@@ -145,33 +145,38 @@ class Steps:
 
     def first(self, slot: int, request: Request, position: int) -> Pending:
         """The first token after the prompt that was read last."""
-        rows = rows_of([request.sampling])
-        bias = self._biases([request], 1)
-        top = _TOP if request.top_logprobs else 0
-        drawn, self._history, self._last = _draw_first(
-            self._engine.config, self.num_tokens, top, self._engine.params, self._hidden, self._history, self._last,
-            np.array([slot], np.int32), np.array([position], np.int32), rows, bias,
-        )  # fmt: skip
-        return Pending(drawn, [request])
+        return self._draw(self._hidden[None], [request], np.array([slot], np.int32), np.array([position], np.int32))
 
     def next(self, entries: Sequence[Entry]) -> Pending:
         """A step for each: a token is fed at its position, and the next one drawn.
 
         After several rows of a slot its next token must be named: what was drawn last is that of any of them.
         """
-        size = min(_power(len(entries)), self.widest)
-        requests = [entry.request for entry in entries]
-        idle = size - len(entries)
+        idle = min(_power(len(entries)), self.widest) - len(entries)
         slots = np.array([entry.slot for entry in entries] + [self._slots] * idle, np.int32)  # past the last: nobody's
-        positions = np.array([[entry.position] for entry in entries] + [[-1]] * idle, np.int32)
+        at = np.array([entry.position for entry in entries] + [-1] * idle, np.int32)
         fed = np.array([entry.token for entry in entries] + [-1] * idle, np.int32)
         tables = self.memory.tables([entry.holding for entry in entries] + [None] * idle, self._width)
-        rows = rows_of([request.sampling for request in requests] + [GREEDY] * idle)
-        bias = self._biases(requests, size)
+        x, self._pools = _feed(
+            self._engine.config,
+            self._engine.dtype,
+            self._engine.params,
+            self._pools,
+            self._last,
+            tables,
+            slots,
+            at,
+            fed,
+        )
+        return self._draw(x, [entry.request for entry in entries], slots, at)
+
+    def _draw(self, x: jax.Array, requests: Sequence[Request], slots: np.ndarray, at: np.ndarray) -> Pending:
+        """A token for each hidden state [B, D]. It is apart from the model, whose step need not be compiled for every way to draw."""
+        rows = rows_of([request.sampling for request in requests] + [GREEDY] * (len(slots) - len(requests)))
+        bias = self._biases(requests, len(slots))
         top = _TOP if any(request.top_logprobs for request in requests) else 0
-        drawn, self._pools, self._history, self._last = _next(
-            self._engine.config, self._engine.dtype, self.num_tokens, top, self._engine.params, self._pools, self._history,
-            self._last, tables, slots, positions, fed, rows, bias,
+        drawn, self._history, self._last = _drawn(
+            self._engine.config, self.num_tokens, top, self._engine.params, x, self._history, self._last, slots, at, rows, bias
         )  # fmt: skip
         return Pending(drawn, requests)
 
@@ -190,20 +195,19 @@ class Steps:
         return bias
 
     def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
-        """Compile: every size of step, and every width of a chunk at a text's beginning."""
+        """Compile: every size of step and way to draw, and every width of a chunk at a text's beginning."""
         sizes = [1 << i for i in range((self.widest - 1).bit_length())] + [self.widest]
-        total = len(sizes) + len(_WIDTHS) + 1
+        ways = [Request([0], 1, top_logprobs=top, bias=bias) for top in (0, 1) for bias in ({}, {0: 0.0})]
+        total = len(sizes) * len(ways) + len(_WIDTHS)
         done = itertools.count(1)
         for width in _WIDTHS:
             if width <= self.chunk:
                 self.read(None, [0] * width, 0, width)
             on_progress(next(done), total)
-        request = Request([0], 1)
-        self.first(self._slots, request, 0)
-        on_progress(next(done), total)
         for size in sizes:
-            self.next([Entry(self._slots, request, Holding([], [], 0), -1)] * size).tokens()
-            on_progress(next(done), total)
+            for way in ways:
+                self.next([Entry(self._slots, way, Holding([], [], 0), -1)] * size).tokens()
+                on_progress(next(done), total)
 
 
 def _power(count: int) -> int:
@@ -233,30 +237,21 @@ def _put(histories: jax.Array, slot: Any, history: Any) -> jax.Array:
     return histories.at[slot].set(history)
 
 
-def _draw(
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _feed(
+    config: Config, dtype: Any, params: Params, pools: tuple[Pool, ...], last: jax.Array, tables: Any, slots: Any, at: Any,
+    fed: Any,
+) -> tuple[jax.Array, tuple[Pool, ...]]:  # fmt: skip
+    ids = jnp.where(fed < 0, last.at[slots].get(mode="clip"), fed)[:, None]
+    x, written = hidden(params, config, ids, Marks(at[:, None]), _caches(config, pools, tables), dtype=dtype)
+    return x[:, 0], tuple(layer.pool for layer in written)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
+def _drawn(
     config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, history: jax.Array, last: jax.Array,
     slots: Any, at: Any, rows: Rows, bias: Any,
 ) -> tuple[Drawn, jax.Array, jax.Array]:  # fmt: skip
     found = logits(params, config, x[:, None])[:, 0]
     drawn = sample(found, rows, lambda: history.at[slots].get(mode="clip"), at, num_tokens, top=top, bias=bias)
     return drawn, recorded(history, drawn.ids, slots), last.at[slots].set(drawn.ids, mode="drop")
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
-def _draw_first(
-    config: Config, num_tokens: int, top: int, params: Params, x: jax.Array, history: jax.Array, last: jax.Array,
-    slots: Any, at: Any, rows: Rows, bias: Any,
-) -> tuple[Drawn, jax.Array, jax.Array]:  # fmt: skip
-    return _draw(config, num_tokens, top, params, x[None], history, last, slots, at, rows, bias)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6, 7))
-def _next(
-    config: Config, dtype: Any, num_tokens: int, top: int, params: Params, pools: tuple[Pool, ...], history: jax.Array,
-    last: jax.Array, tables: Any, slots: Any, positions: Any, fed: Any, rows: Rows, bias: Any,
-) -> tuple[Drawn, tuple[Pool, ...], jax.Array, jax.Array]:  # fmt: skip
-    ids = jnp.where(fed < 0, last.at[slots].get(mode="clip"), fed)[:, None]
-    x, written = hidden(params, config, ids, Marks(positions), _caches(config, pools, tables), dtype=dtype)
-    at = positions[:, 0]
-    drawn, history, last = _draw(config, num_tokens, top, params, x[:, 0], history, last, slots, at, rows, bias)
-    return drawn, tuple(layer.pool for layer in written), history, last

@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 import re
+import sys
 import time
 from importlib import resources
 from typing import TypeVar
@@ -16,12 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from gemmary.gemma import Gemma
+from gemmary.gemma import Gemma, load
 from gemmary.infer.batching import Batcher
+from gemmary.infer.drafting import Drafts, Guessers, LookUps
+from gemmary.model.pages import page_bytes
 from gemmary.serve.asking import prepare
 from gemmary.serve.completions import Run
 from gemmary.serve.grammar import Grammars
-from gemmary.serve.guards import FAULT, Guards, refused
+from gemmary.serve.guards import FAULT, Guards, log, refused
 from gemmary.serve.metrics import Metrics
 from gemmary.serve.protocol import LIMITS, ApiError, Chat, Completions, parse
 from gemmary.serve.settings import Settings
@@ -29,6 +32,7 @@ from gemmary.serve.settings import Settings
 __all__ = ["Service", "application"]
 
 _Ask = TypeVar("_Ask", Chat, Completions)
+_SWITCH_SECONDS = 0.001  # how long the batcher's thread may keep Python from the connections'
 
 
 class Service:
@@ -43,14 +47,46 @@ class Service:
         self.closing = False
         self.metrics = Metrics(lambda: self.batcher.stats() if self.batcher else None)
 
-    def open(self, gemma: Gemma, batcher: Batcher) -> None:
-        """Everything is there: answer."""
+    def load(self) -> None:
+        """Load and compile; from its end on requests are answered. Raises GemmaryError for a model that cannot be had."""
+        settings = self.settings
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        gemma = load(settings.model, dtype=settings.dtype, hub=settings.hub)
+        guessers, memory = self._guessers(gemma)
+        batcher = Batcher(gemma.engine, slots=settings.slots, queue=settings.queue, memory=memory, guessers=guessers)
+        batcher.warm_up(lambda done, total: log("compiling", done=done, of=total))
         self.grammars = Grammars(gemma.tokenizer, gemma.config.vocab_size)
         self.gemma, self.batcher = gemma, batcher
+        log("ready", model=settings.name)
+
+    def _guessers(self, gemma: Gemma) -> tuple[Guessers | None, int | None]:
+        """What guesses, and the memory that it leaves to the model: a draft's cache takes as many tokens as the model's."""
+        settings, memory = self.settings, self.settings.memory
+        if settings.draft is None:
+            return (LookUps() if settings.look_up else None), memory
+        draft = load(settings.draft, dtype=settings.dtype, hub=settings.hub)
+        gemma.check_draft(draft)
+        if memory is None:
+            return Drafts(draft.engine, settings.slots), None
+        own, its = (page_bytes(model.config, model.engine.dtype) * model.config.num_layers for model in (gemma, draft))
+        share = memory * its // (own + its)
+        return Drafts(draft.engine, settings.slots, share), memory - share
+
+    def close(self) -> None:
+        """Take nothing new, and wait for what runs, for as long as the settings allow."""
+        self.closing = True
+        if self.batcher is not None:
+            self.batcher.close(self.settings.grace)
+
+    def alive(self) -> bool:
+        """Whether the thread that makes answers still runs."""
+        return self.batcher is not None and self.batcher.alive
 
     def state(self) -> str:
-        """loading, ready or closing."""
-        return "closing" if self.closing else "ready" if self.batcher else "loading"
+        """loading, ready, closing or, where the thread that makes answers has ended of itself, failed."""
+        if self.closing or self.batcher is None:
+            return "closing" if self.closing else "loading"
+        return "ready" if self.batcher.alive else "failed"
 
     def model(self, name: str) -> dict[str, object]:
         """What /v1/models says of it. Raises ApiError, status 404, for any other name."""

@@ -89,6 +89,7 @@ class Run:
         self._usage = Usage()
         self._started = time.perf_counter()
         self._watch: asyncio.Task[None] | None = None
+        self._ended = False
 
     async def begin(
         self,
@@ -107,6 +108,8 @@ class Run:
                 offset = len(prepared.echoes[i].text) if prepared.echoes else 0
                 self._choices.append(_Choice(self._tokenizer, Answer(self._tokenizer, self._ask.stop), offset))
                 self._tickets.append(submit(request, functools.partial(deliver, i)))
+                if self._ended:  # who waited was cancelled; this thread was not
+                    self._tickets[-1].cancel()
 
         def deliver(i: int, item: Token | Exception) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
@@ -203,6 +206,7 @@ class Run:
 
     def _end(self) -> None:
         """Nothing more is wanted: slots are freed, and the log is told."""
+        self._ended = True
         for ticket in self._tickets:
             ticket.cancel()
         if self._watch is not None:
@@ -225,6 +229,9 @@ class _Stream(Response):
             async for line in self._run._lines(self._parts, self._first):
                 await send({"type": "http.response.body", "body": line, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:  # so some servers say that the client has left
+            self._run._note.more["left"] = True
+            raise
         finally:
             self._run._end()
 

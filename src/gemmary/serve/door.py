@@ -41,6 +41,8 @@ def add_serve(app: typer.Typer, prepare: Callable[[], None]) -> None:
             str | None, typer.Option(help="float32 or bfloat16; by default what suits the device.")
         ] = None,
         hub: Annotated[bool, typer.Option("--hub", help="Allow fetching MODEL from the Hugging Face hub.")] = False,
+        look_up: Annotated[bool, typer.Option("--look-up", help="Guess what followed the last tokens before.")] = False,
+        draft: Annotated[str | None, typer.Option(help="A smaller model of the same tokenizer, to guess with.")] = None,
     ) -> None:
         """Serve a model through OpenAI's API, with a chat page at /."""
         settings = Settings(
@@ -56,6 +58,8 @@ def add_serve(app: typer.Typer, prepare: Callable[[], None]) -> None:
             grace=grace,
             dtype=dtype,
             hub=hub,
+            look_up=look_up,
+            draft=draft,
         )
         try:
             from gemmary.serve.run import serve

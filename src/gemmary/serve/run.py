@@ -7,15 +7,12 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 from types import FrameType
 
 import uvicorn
 
 from gemmary.errors import GemmaryError
-from gemmary.gemma import load
-from gemmary.infer.batching import Batcher
 from gemmary.serve.app import Service, application
 from gemmary.serve.connection import Connection
 from gemmary.serve.guards import log
@@ -25,7 +22,6 @@ from gemmary.serve.settings import Settings
 __all__ = ["Server", "serve"]
 
 _MOST_FILES = 65536
-_SWITCH_SECONDS = 0.001  # how long the batcher's thread may keep Python from the connections'
 _LAST_SECONDS = 5  # for the last bytes of answers, once the batcher has ended
 
 
@@ -63,7 +59,6 @@ class Server(uvicorn.Server):
         """Blocks. Raises GemmaryError where the model could not be loaded."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # requests that go wrong are in our own log
         _allow_many_files()
-        sys.setswitchinterval(_SWITCH_SECONDS)
         log("listening", address=self.address)
         loader = threading.Thread(target=self._load, daemon=True)
         loader.start()
@@ -89,27 +84,20 @@ class Server(uvicorn.Server):
         self.handle_exit(signal.SIGTERM, None)
 
     def _load(self) -> None:
-        settings = self.service.settings
         try:
-            gemma = load(settings.model, dtype=settings.dtype, hub=settings.hub)
-            batcher = Batcher(gemma.engine, slots=settings.slots, queue=settings.queue, memory=settings.memory)
-            batcher.warm_up(lambda done, total: log("compiling", done=done, of=total))
-            self.service.open(gemma, batcher)
-            log("ready", model=settings.name)
+            self.service.load()
         except GemmaryError as error:
             self._failure = error
             self.should_exit = True
         except BaseException as error:
-            self._failure = GemmaryError(f"{settings.model} could not be loaded: {type(error).__name__}")
+            self._failure = GemmaryError(f"{self.service.settings.model} could not be loaded: {type(error).__name__}")
             self.should_exit = True
             raise
 
     def _close(self, why: str) -> None:
         """While the batcher ends what runs, the port stays open: who comes now is told so."""
         log("closing", why=why, grace=self.service.settings.grace)
-        self.service.closing = True
-        if self.service.batcher is not None:
-            self.service.batcher.close(self.service.settings.grace)
+        self.service.close()
         self.should_exit = True
 
 

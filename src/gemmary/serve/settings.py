@@ -19,7 +19,8 @@ _KEY_VARIABLE = "GEMMARY_API_KEY"
 
 @dataclass(frozen=True)
 class Settings:
-    """`memory` in bytes (None: what the batcher thinks right), `grace` in seconds, `name` as clients call the model.
+    """`memory` in bytes (None: what the batcher thinks right), `grace` in seconds, `name` as clients call the model, `draft` a
+    smaller model that guesses.
 
     Raises GemmaryError for what is out of bounds, and for an address that others can reach while there is no key.
     """
@@ -36,9 +37,13 @@ class Settings:
     grace: float = 30.0
     dtype: str | None = None
     hub: bool = False
+    look_up: bool = False
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         check_bounds(self, port=(0, 65535), slots=(1, 1024), queue=(1, 1 << 20), grace=(0, 86400))
+        if self.look_up and self.draft is not None:
+            raise GemmaryError("--look-up and --draft are two ways to guess: give one of them")
         if not self.loopback and not self.keys:
             raise GemmaryError(
                 f"{self.host} can be reached from other machines: give --api-key-file or {_KEY_VARIABLE}, or bind 127.0.0.1"
