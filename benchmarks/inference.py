@@ -16,6 +16,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -79,6 +81,7 @@ def beside_llama(model: str, path: str, arguments: argparse.Namespace, folder: P
     task = {"model": path, "what": "speed", "prompt": prompt, "count": arguments.new, "repeats": 1}
     ours, theirs, bandwidth, version = list[Any](), list[Any](), [read_bandwidth(3)], "llama.cpp"
     for _ in range(arguments.repeats):
+        speed(gemma, prompt, 2)  # a turn begins with a run that does not count, on either side
         ours.append(speed(gemma, prompt, arguments.new))
         answer = json.loads(ask(arguments.peers, "llama", task, folder, "llama.json").read_text())
         version = answer["version"]
@@ -96,6 +99,19 @@ def beside_llama(model: str, path: str, arguments: argparse.Namespace, folder: P
         }
     found["share_of_bandwidth"] = found["decode"]["gemmary"] * size / max(bandwidth)
     return found
+
+
+def first_token(repeats: int) -> float:
+    """Seconds from the command to its first token, everything that was compiled once being kept; the median."""
+    command = [str(Path(sys.executable).with_name("gemmary")), "generate", "sample", "The capital of France is"]
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        with subprocess.Popen([*command, "--max-new-tokens", "8"], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.read(1)  # the prompt is printed with the first token
+            times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])  # the first one may compile
 
 
 def quality(tokens: int) -> dict[str, float]:
@@ -153,7 +169,7 @@ def main() -> None:
         folder = Path(name)
         results["models"]["270M, Q4_K_M"] = beside_llama("sample", whole_gguf(folder), arguments, folder)
         if arguments.two_b:
-            config = preset("gemma-2b").replace(vocab_size=262144, num_tokens=262144)
+            config = preset("gemma-2b").config.replace(vocab_size=262144, num_tokens=262144)
             for kind in ("Q8_0", "Q4_0"):
                 path = folder / f"{kind}.gguf"
                 write_random(path, config, kind)
@@ -169,6 +185,8 @@ def main() -> None:
         share = f"{found['share_of_bandwidth']:.0%} of {found['read_bytes_per_second'] / 1e9:.1f} GB/s"
         table.add_row(model, "weights are read at", share, "", "")
     Console(width=110).print(table)
+    results["first_token_seconds"] = first_token(arguments.repeats)
+    print(f"from the command to the first token: {results['first_token_seconds']:.2f} s")
     if arguments.tokens:
         results["quality"] = quality(arguments.tokens)
         q = results["quality"]

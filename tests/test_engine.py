@@ -10,6 +10,7 @@ from models import small, tokens
 from gemmary.errors import GemmaryError
 from gemmary.infer.engine import Engine, Token
 from gemmary.infer.sampling import Sampling
+from gemmary.infer.session import Session
 from gemmary.params import stack
 
 
@@ -41,6 +42,38 @@ def test_unequal_batches_answer_as_the_oracle_does(kind: str, chunk: int) -> Non
     assert _rows(steps, 4) == [_greedy(spec, weights, prompt, 10) for prompt in prompts]
     assert [token.finish for token in steps[-1]] == ["length"] * 4
     assert all(token.finish is None for step in steps[:-1] for token in step)
+
+
+@pytest.mark.parametrize("kind", ["gemma1-mqa", "gemma2", "gemma3"])
+def test_a_session_answers_as_if_all_were_read_anew(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns that go on, that part from what was said, near and far back, that outgrow the cache, and after a broken one."""
+    spec, weights, engine = _engine(kind, chunk=16)
+    text = list(map(int, tokens(60, spec.vocab)))
+    turns = [
+        (text[:20], 5),
+        (text[:32], 6),
+        (text[:33], 3),
+        (text[:20] + text[40:43], 9),
+        (text[:50], 4),
+        (text, 6),
+        ([7], 2),
+    ]
+    session, read = Session(), list[int]()
+    for prompt, count in turns:
+        given = session.take
+        monkeypatch.setattr(session, "take", lambda *a, given=given: read.append((found := given(*a))[1]) or found)
+        steps = engine.generate([prompt], max_new_tokens=count, session=session)
+        assert _rows(list(steps), 1)[0] == _greedy(spec, weights, prompt, count)
+        monkeypatch.undo()
+    assert read[0] == read[-1] == 0
+    assert read[1:3] == [20, 32]
+    said = next(steps := engine.generate([text[:20]], max_new_tokens=12, session=session))[0].id
+    steps.close()
+    assert _rows(list(engine.generate([[*text[:20], said, 5]], max_new_tokens=4, session=session)), 1)[0] == _greedy(
+        spec, weights, [*text[:20], said, 5], 4
+    )
+    with pytest.raises(GemmaryError, match="one text"):
+        next(engine.generate([[1], [2]], max_new_tokens=1, session=session))
 
 
 def test_log_probs_are_the_oracles() -> None:

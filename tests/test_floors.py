@@ -50,7 +50,7 @@ ROOMS = {
         "decontamination", "duplicates", "recitation", "curation_settings", "curation_report", "curation_steps", "executors",
         "curate", "library_facts", "lessons", "conversations", "instructions", "tokens", "packing", "turns", "mixture", "batches",
     ],
-    "infer": ["sampling", "engine", "speculation", "memory", "steps", "drafting", "waiting", "batching"],
+    "infer": ["sampling", "session", "engine", "speculation", "memory", "steps", "drafting", "waiting", "batching"],
     "train": [
         "memory", "flops", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "loop", "run", "pretrain", "finetune",
         "sft", "reward", "rollouts", "rewards", "watching", "rlhf", "dpo",

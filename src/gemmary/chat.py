@@ -8,6 +8,7 @@ from typing import Any
 from gemmary.errors import GemmaryError
 from gemmary.gemma import Gemma
 from gemmary.infer.sampling import Sampling
+from gemmary.infer.session import Session
 
 __all__ = ["converse"]
 
@@ -16,6 +17,7 @@ def converse(gemma: Gemma, sampling: Sampling, max_new_tokens: int) -> None:
     """Read lines from stdin and answer until /exit or end of file. Raises GemmaryError for a model without turns."""
     gemma.dialogue_ids([{"role": "user", "content": "?"}])  # a model that cannot chat says so before the first question
     messages: list[dict[str, Any]] = []
+    session = Session()
     if sys.stdin.isatty():
         print("/reset begins anew, /exit ends, Ctrl-C stops an answer", file=sys.stderr)
     while (line := _read_line()) is not None:
@@ -30,7 +32,7 @@ def converse(gemma: Gemma, sampling: Sampling, max_new_tokens: int) -> None:
         elif text:
             asked = [*messages, {"role": "user", "content": text}]
             try:
-                answer = _answer(gemma, asked, sampling, max_new_tokens)
+                answer = _answer(gemma, asked, session, sampling, max_new_tokens)
             except GemmaryError as error:
                 print(f"error: {error}; /reset begins anew", file=sys.stderr)
                 continue
@@ -48,12 +50,14 @@ def _read_line() -> str | None:
         return ""
 
 
-def _answer(gemma: Gemma, messages: list[dict[str, Any]], sampling: Sampling, max_new_tokens: int) -> str:
+def _answer(
+    gemma: Gemma, messages: list[dict[str, Any]], session: Session, sampling: Sampling, max_new_tokens: int
+) -> str:
     """Print the answer as it comes; Ctrl-C ends it and keeps what was said."""
     said = ""
     try:
         ids = gemma.dialogue_ids(messages)
-        for piece in gemma.stream(ids, max_new_tokens=max_new_tokens, sampling=sampling):
+        for piece in gemma.stream(ids, max_new_tokens=max_new_tokens, sampling=sampling, session=session):
             said += piece.text
             print(piece.text, end="", flush=True)
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.infer.engine import Engine, Token
 from gemmary.infer.sampling import GREEDY, Sampling
+from gemmary.infer.session import Session
 from gemmary.infer.speculation import Draft, LookUp, speculate
 from gemmary.params import Params, layered_names
 from gemmary.text.answers import Answer
@@ -117,11 +118,12 @@ class Gemma:
         top_logprobs: int = 0,
         look_up: bool = False,
         draft: Gemma | None = None,
+        session: Session | None = None,
     ) -> Iterator[Piece]:
         """Yield an answer piece by piece; texts joined are the answer's text.
 
         Text that might begin a stop string is held back until it is known not to. With `look_up`, or a `draft` model of the same
-        tokenizer, the same tokens come several at a time (`infer.speculation`). Raises GemmaryError as the engine does.
+        tokenizer, the same tokens come several at a time (`infer.speculation`); a `session` remembers what it has read. Raises GemmaryError as the engine does.
         """
         answer = Answer(self.tokenizer, stop)
         if max_new_tokens < 1:
@@ -135,7 +137,7 @@ class Gemma:
             guesser = LookUp() if draft is None else self._draft(draft, len(ids) + max_new_tokens)
             tokens: Iterator[Token] = speculate(self.engine, ids, guesser, **options)
         else:
-            tokens = (token for (token,) in self.engine.generate([ids], **options))
+            tokens = (token for (token,) in self.engine.generate([ids], session=session, **options))
         for token in tokens:
             text = answer.push(token.id, last=token.finish is not None)
             if answer.stopped:

@@ -20,6 +20,7 @@ import numpy as np
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
 from gemmary.infer.sampling import GREEDY, Drawn, Rows, Sampling, highest, recorded, rows_of, sample, seen_in
+from gemmary.infer.session import Session
 from gemmary.model.attention import Marks
 from gemmary.model.cache import Cache, init_cache
 from gemmary.model.transformer import hidden, logits
@@ -64,8 +65,10 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = GREEDY,
         stop_ids: Sequence[int] = (),
         top_logprobs: int = 0,
+        session: Session | None = None,
     ) -> Iterator[list[Token]]:
-        """Yield the tokens of each step, one for every row still going.
+        """Yield the tokens of each step, one for every row still going. With a `session`, which takes one prompt, what it has read
+        before is not read again.
 
         A row ends at a stop id (which is yielded, with finish "stop"), after `max_new_tokens`, or when the context is full
         (finish "length"). Closing the iterator ends the run. Raises GemmaryError for an empty or over-long prompt and for
@@ -77,10 +80,13 @@ class Engine:
                 f"{len(prompts)} prompts and {len(settings)} sampling settings: give one for each, or one"
             )
         self.check(prompts, max_new_tokens, top_logprobs)
+        if session is not None and len(prompts) > 1:
+            raise GemmaryError(f"a session holds one text: {len(prompts)} prompts need no session")
         lengths = np.array([len(prompt) for prompt in prompts])
         room = np.minimum(lengths + max_new_tokens, self.config.context)
         rows = rows_of(settings)
-        cache, last = self.prefill(prompts, int(room.max()))
+        cache, last = self.prefill(prompts, int(room.max()), session)
+        said = list(prompts[0])
         seen = np.stack([seen_in(prompt, self.config.vocab_size) for prompt in prompts])
         static = (self.config, self.dtype, self.num_tokens or self.config.num_tokens, top_logprobs)
         ids, seen, drawn = _first(*static, self.params, last, seen, (lengths - 1).astype(np.int32), rows)
@@ -95,11 +101,16 @@ class Engine:
                     best = tuple(zip(top_ids[row].tolist(), top[row].tolist(), strict=True))
                     step.append(Token(row, int(token_ids[row]), float(chosen[row]), best, finish))
                     alive[row] = finish is None
+                if session is not None:
+                    session.keep(cache, said)
+                    said = [*said, int(token_ids[0])]
                 yield step
                 if not alive.any():
                     return
                 position += 1
             at = np.where(alive, position - 1, -1).astype(np.int32)
+            if session is not None:
+                session.clear()
             ids, seen, cache, drawn = _next(*static, self.params, cache, ids, seen, at, rows)
             steps = list(zip(*(np.asarray(part) for part in drawn), strict=True))
 
@@ -127,13 +138,21 @@ class Engine:
             scores += [(one, tuple(zip(*pair, strict=True))) for one, pair in zip(chosen.tolist(), tops, strict=True)]
         return scores
 
-    def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, jax.Array]:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], room: int, session: Session | None = None
+    ) -> tuple[Cache, jax.Array]:
         """The cache with every prompt in it, and each row's last hidden state [B, D]."""
-        longest = max(len(prompt) for prompt in prompts)
-        cache = init_cache(self.config, len(prompts), _rounded(room), self.chunk, self.dtype)
+        longest, begin = max(len(prompt) for prompt in prompts), 0
+        cache: Cache | None = None
+        if session is not None:
+            cache, begin = session.take(prompts[0], room, self.chunk - _AT_ONCE)
+        if cache is None:
+            if session is not None:  # twice the room, so that few turns need a larger cache, and all is read again
+                session.room = room = min(2 * room, self.config.context)
+            cache = init_cache(self.config, len(prompts), _rounded(room), self.chunk, self.dtype)
         last: Any = np.zeros((len(prompts), self.config.embed_dim), self.dtype)
         ends = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
-        for start in range(0, longest, self.chunk):
+        for start in range(begin, longest, self.chunk):
             tokens, positions = _padded(prompts, start, min(self.chunk, _rounded(longest - start)))
             last, cache = _read(self.config, self.dtype, start == 0, self.params, cache, tokens, positions, last, ends)
         return cache, last
