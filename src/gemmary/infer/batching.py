@@ -205,7 +205,7 @@ class Batcher:
 
     def _read(self, one: _Running) -> None:
         """A chunk of a prompt; after its last, the first token."""
-        width = self._steps.chunk if not self._running else self._steps.small_chunk
+        width = self._steps.chunk if not (self._running or one.read) else self._steps.small_chunk
         end = min(one.read + width, one.prompt_length)
         self._memory.advance(one.holding, one.read, end)
         self._steps.read(one.holding, one.tokens, one.read, end)

@@ -28,6 +28,7 @@ from gemmary.params import Params
 __all__ = ["Entry", "Grammar", "Pending", "Request", "Steps"]
 
 _WIDTHS = (16, 64, 256, 512)
+_PAGES = 32
 _TOP = 20
 _MODERATE = 8192
 """Tokens that every slot has room for where no memory was named."""
@@ -129,14 +130,23 @@ class Steps:
         ids = np.zeros((1, width), np.int32)
         positions = np.full((1, width), -1, np.int32)
         ids[0, :count], positions[0, :count] = tokens[start:end], np.arange(start, end)
-        first = start == 0
-        # Pages are laid side by side where a chunk sees earlier ones: no more of them than it needs, in powers of two.
-        table_width = self._width if first or width <= _WIDTHS[0] else min(_power(-(-end // PAGE)), self._width)
+        first = start == 0 and width > _WIDTHS[0]  # the narrowest sees the pages as they lie, first or not
+        table_width = self._width if first or width <= _WIDTHS[0] else self._side_by_side(end)
         tables = self.memory.tables([holding], table_width)
         self._hidden, self._pools = _read(
             self._engine.config, self._engine.dtype, first, self._engine.params, self._pools, tables, ids, positions,
             np.int32(count - 1),
         )  # fmt: skip
+
+    def _side_by_side(self, end: int) -> int:
+        """How many pages are laid side by side for a chunk that ends there and sees earlier ones: one of few numbers."""
+        return next(width for width in self._tables() if width * PAGE >= end)
+
+    def _tables(self) -> list[int]:
+        most, found = min(self._width, -(-self.memory.longest // PAGE)), [_PAGES]
+        while found[-1] < most:
+            found.append(4 * found[-1])
+        return [min(width, self._width) for width in found]
 
     def begin(self, slot: int, request: Request) -> None:
         """A slot's history is that of a new request."""
@@ -195,14 +205,16 @@ class Steps:
         return bias
 
     def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
-        """Compile: every size of step and way to draw, and every width of a chunk at a text's beginning."""
+        """Compile: every size of step and way to draw, and every width of a chunk, at a text's beginning and later."""
         sizes = [1 << i for i in range((self.widest - 1).bit_length())] + [self.widest]
         ways = [Request([0], 1, top_logprobs=top, bias=bias) for top in (0, 1) for bias in ({}, {0: 0.0})]
-        total = len(sizes) * len(ways) + len(_WIDTHS)
+        chunks = [(0, width) for width in _WIDTHS if width <= self.chunk]
+        wide = [width for _, width in chunks if _WIDTHS[0] < width <= self.small_chunk]
+        chunks += [(pages * PAGE - width, width) for pages in self._tables() for width in wide if pages * PAGE > width]
+        total = len(sizes) * len(ways) + len(chunks)
         done = itertools.count(1)
-        for width in _WIDTHS:
-            if width <= self.chunk:
-                self.read(None, [0] * width, 0, width)
+        for start, width in chunks:
+            self.read(None, [0] * (start + width), start, start + width)
             on_progress(next(done), total)
         for size in sizes:
             for way in ways:
