@@ -43,7 +43,7 @@ peers: .venv-peers/ready
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet 'torch==2.13.0'
 	.venv-peers/bin/pip install --quiet 'transformers>=5' peft accelerate gguf sentencepiece protobuf safetensors tokenizers
-	.venv-peers/bin/pip install --quiet llama-cpp-python
+	.venv-peers/bin/pip install --quiet 'llama-cpp-python[server]'
 	touch $@
 
 clean:
