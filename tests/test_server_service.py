@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
+from servers import Server, ask, started
 from test_batching import engine, prompt
 
+from gemmary.errors import GemmaryError
 from gemmary.gemma import Gemma
 from gemmary.infer.batching import Batcher, Request, Ticket
 from gemmary.serve.app import Service
@@ -61,3 +65,20 @@ def test_a_service_lives_as_long_as_the_thread_that_makes_answers() -> None:
     service.close()
     assert not service.alive()
     assert service.state() == "closing"
+
+
+@pytest.mark.parametrize("how", ["--look-up", "--draft"])
+def test_a_server_that_guesses_gives_the_same_answers(server: Server, served: Path, how: str) -> None:
+    arguments = [how] if how == "--look-up" else [how, str(served)]
+    with started(served, "--slots", "2", "--memory", "64MB", *arguments) as guessing:
+        for text, temperature in (("Hi", 0.0), ("Hi hi hi hi", 0.0), ("Why?", 0.8)):
+            asked = {"max_tokens": 60, "temperature": temperature, "seed": 3}
+            answers = [ask(one, text, **asked).json["choices"] for one in (guessing, server)]
+            assert answers[0] == answers[1]
+        stats = guessing.stats()
+        assert stats["gemmary_guessed_tokens_total"] >= stats["gemmary_right_tokens_total"] > 0
+
+
+def test_there_is_one_way_to_guess() -> None:
+    with pytest.raises(GemmaryError, match="give one of them"):
+        Settings("none", "none", look_up=True, draft="other")
