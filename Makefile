@@ -7,7 +7,7 @@ BIN := .venv/bin
 .venv/ready: pyproject.toml CMakeLists.txt $(wildcard src/gemmary/kernels/native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[sample,data,serve,grammar,tensorboard,test]'
+	$(BIN)/pip install --quiet --editable '.[sample,data,evaluate,serve,grammar,tensorboard,test]'
 	touch $@
 
 # A model's whole life, offline: from the text that every Python carries to a nano Gemma that answers, and a report of it.

@@ -34,6 +34,7 @@ FLOORS = [
         "report_pages",
         "report_sections",
         "report",
+        "audits",
     ],
     ["cli"],
 ]
@@ -55,7 +56,7 @@ ROOMS = {
         "memory", "flops", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "loop", "run", "pretrain", "finetune",
         "sft", "reward", "rollouts", "rewards", "watching", "rlhf", "dpo",
     ],
-    "evaluate": ["harness", "assertions", "sandbox", "tasks"],
+    "evaluate": ["harness", "assertions", "sandbox", "tasks", "drawing", "memorization"],
     "serve": [
         "protocol", "settings", "metrics", "guards", "connection", "grammar", "replies", "asking", "completions", "app", "run", "door",
     ],

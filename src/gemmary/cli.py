@@ -22,6 +22,7 @@ from rich.table import Table
 
 import gemmary
 from gemmary import kernels
+from gemmary.audits import add_memorization
 from gemmary.chat import converse
 from gemmary.checkpoints import FORMATS, convert, open_model, quantize_model
 from gemmary.errors import GemmaryError
@@ -249,6 +250,9 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+add_memorization(app, _load, _progress)
 
 
 def _print_inspection(found: Inspection) -> None:

@@ -1,11 +1,11 @@
-"""Curves of a report, as SVG with their letters as text."""
+"""Curves of a report."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from typing import Any
+
+from gemmary.evaluate.drawing import figure, svg
 
 __all__ = ["curve", "watched_curve"]
 
@@ -19,7 +19,7 @@ def curve(entries: list[dict[str, Any]], held_out: str, label: str) -> str:
             points.setdefault(name, []).append((entry["step"], value))
     if not losses:
         return ""
-    figure, left = _figure()
+    made, left = figure()
     left.plot(*zip(*losses, strict=True), color="0.6", linewidth=1, label="training loss")
     left.set(xlabel="steps", ylabel="training loss, nats a token")
     left.set_ylim(0, 2.2 * sorted(loss for _, loss in losses)[len(losses) // 2])
@@ -33,7 +33,7 @@ def curve(entries: list[dict[str, Any]], held_out: str, label: str) -> str:
     right.set_ylim(bottom=0)
     if points:
         right.legend(loc="upper right", frameon=False, ncols=2, fontsize=8)
-    return _svg(figure)
+    return svg(made)
 
 
 def watched_curve(entries: list[dict[str, Any]]) -> str:
@@ -44,7 +44,7 @@ def watched_curve(entries: list[dict[str, Any]]) -> str:
     kl = [(entry["step"], entry["kl"]) for entry in entries if "kl" in entry]
     if not reward:
         return ""
-    figure, left = _figure()
+    made, left = figure()
     left.plot(*zip(*reward, strict=True), color="tab:blue", marker="o", markersize=3, label="reward")
     if kl:
         left.plot(*zip(*kl, strict=True), color="0.6", linewidth=1, label="KL, nats an answer")
@@ -57,25 +57,4 @@ def watched_curve(entries: list[dict[str, Any]]) -> str:
     right.set_ylim(0, 1)
     lines = [*left.get_lines(), *right.get_lines()]
     left.legend(lines, [str(line.get_label()) for line in lines], loc="lower right", frameon=False, fontsize=8)
-    return _svg(figure)
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines["top"].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    """The drawing alone: without the XML head, and without ids or dates that differ from run to run."""
-    import matplotlib
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gemmary"}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL)
+    return svg(made)
