@@ -21,6 +21,7 @@ from gemmary.gemma import Gemma
 __all__ = ["add_memorization", "chart", "corpora_of", "write_audit"]
 
 _SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+_TABLE_WIDTH = 120  # so that intervals stay whole where output is piped
 _SHARES = ("exact", "approximate", "personal", "secret")
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -79,7 +80,9 @@ def add_memorization(app: typer.Typer, load: Callable[..., Gemma], progress: Pro
         if as_json:
             print(json.dumps(found))
         else:
-            Console().print(_table(found))
+            shown = Console()
+            shown.width = max(shown.width, _TABLE_WIDTH)
+            shown.print(_table(found))
 
 
 def corpora_of(seen: list[str], unseen: list[str]) -> dict[str, dict[str, Iterator[Any]]]:
@@ -164,9 +167,9 @@ def chart(found: Mapping[str, Any]) -> str:
         above = [max(high - value, 0) for value, (_, high) in zip(values, bounds, strict=True)]
         at = [i + offset for i in range(len(rows))]
         axes.barh(at, values, height=0.34, color=color, label=share, xerr=(below, above), ecolor="0.4", capsize=2)
-        for y, (_, _, one) in zip(at, rows, strict=True):
+        for y, (_, _, one), (_, high) in zip(at, rows, bounds, strict=True):
             if not one[share]["count"]:
-                axes.text(100 * least * 1.1, y, "none", va="center", fontsize=8, color="0.4")
+                axes.text(1.15 * high, y, "none", va="center", fontsize=8, color="0.4")
     axes.set_yticks(range(len(rows)), [name if part == "seen" else f"{name} (unseen)" for part, name, _ in rows])
     axes.invert_yaxis()
     axes.set_xscale("log")
