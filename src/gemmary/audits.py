@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,12 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gemmary.checkpoints.checkpoint import staged
 from gemmary.errors import GemmaryError
 from gemmary.gemma import Gemma
 
 __all__ = ["add_memorization", "chart", "corpora_of", "write_audit"]
 
-_SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+_SUFFIXES = (".jsonl", ".parquet", ".txt", ".md")
 _TABLE_WIDTH = 120  # so that intervals stay whole where output is piped
 _SHARES = ("exact", "approximate", "personal", "secret")
 
@@ -123,15 +121,13 @@ def _run(below: Path) -> dict[str, dict[str, Iterator[Any]]]:
 
 
 def _file(path: Path) -> Iterator[Any]:
-    from gemmary.data.sources import Source, read, shards
+    from gemmary.data.sources import documents_at
 
-    kind = next((_SUFFIXES[suffix] for suffix in path.suffixes[::-1] if suffix in _SUFFIXES), None)
     if not path.is_file():
         raise GemmaryError(f"{path} is not there: give a file of documents, or a run's folder")
-    if kind is None:
+    if not set(path.suffixes) & set(_SUFFIXES):
         raise GemmaryError(f"{path} is not {', '.join(_SUFFIXES)} (or one of these with .gz or .zst)")
-    source: Any = Source(name="corpus", kind=kind, path=str(path))  # type: ignore[arg-type]
-    return (document for shard in shards(source, 64 << 20, path.parent) for document in read(shard, path.parent))
+    return documents_at("corpus", str(path))
 
 
 def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -182,16 +178,12 @@ def chart(found: Mapping[str, Any]) -> str:
 
 def write_audit(out: Path, found: Mapping[str, Any], records: Mapping[str, Any]) -> None:
     """`memorization.json`, `records.jsonl` and `memorization.svg` in a new folder, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        (aside / "memorization.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        with (aside / "records.jsonl").open("w", encoding="utf-8") as file:
-            for name, lines in records.items():
-                file.writelines(json.dumps({"corpus": name, **line}, ensure_ascii=False) + "\n" for line in lines)
-        (aside / "memorization.svg").write_text(chart(found), encoding="utf-8")
-        aside.chmod(0o755)
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    lines = [{"corpus": name, **line} for name, some in records.items() for line in some]
+    files = {
+        "memorization.json": json.dumps(found, indent=1) + "\n",
+        "records.jsonl": "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+        "memorization.svg": chart(found),
+    }
+    with staged(out, sum(map(len, files.values()))) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from gemmary.data import readers
-from gemmary.data.sources import Source, read, shards
+from gemmary.data.sources import documents_at
 from gemmary.data.words import Words
 from gemmary.errors import GemmaryError
 
@@ -150,10 +150,4 @@ def train_classifier(settings: ClassifierSettings) -> Classifier:
 
 
 def _examples(name: str, path: str) -> Iterator[str]:
-    suffixes = "".join(Path(path).suffixes)
-    kind = "jsonl" if "json" in suffixes else "parquet" if "parquet" in suffixes else "text"
-    if Path(path).is_dir():
-        kind = next((k for k in ("jsonl", "parquet") if any(Path(path).rglob(f"*.{k}*"))), "text")
-    source = Source(name=name, kind=kind, path=path)  # type: ignore[arg-type]
-    for shard in shards(source, 1 << 62, Path()):
-        yield from (found.text for found in read(shard, Path()) if isinstance(found, readers.Document))
+    return (found.text for found in documents_at(name, path) if isinstance(found, readers.Document))

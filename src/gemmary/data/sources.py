@@ -28,7 +28,7 @@ from gemmary.data.readers import Broken, Document, Piece
 from gemmary.data.standard_library import python_pieces, read_python
 from gemmary.errors import GemmaryError
 
-__all__ = ["Shard", "Source", "files", "read", "shards"]
+__all__ = ["Shard", "Source", "documents_at", "files", "read", "shards"]
 
 _SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
@@ -150,6 +150,16 @@ def read(shard: Shard, cache: Path) -> Iterator[Document | Broken]:
             else:
                 records = readers.read_huggingface(piece, source.subset, source.split, str(cache))
             yield from (readers.document(where, record, *keys) for where, record in records)
+
+
+def documents_at(name: str, path: str) -> Iterator[Document | Broken]:
+    """Every document of a file or folder, of the kind that its suffixes say (text where they say nothing)."""
+    suffixes = "".join(Path(path).suffixes)
+    kind = "jsonl" if "json" in suffixes else "parquet" if "parquet" in suffixes else "text"
+    if Path(path).is_dir():
+        kind = next((k for k in ("jsonl", "parquet") if any(Path(path).rglob(f"*.{k}*"))), "text")
+    source = Source(name=name, kind=kind, path=path)  # type: ignore[arg-type]  # one of three literals
+    return (document for shard in shards(source, 1 << 62, Path()) for document in read(shard, Path()))
 
 
 def _dataset(source: Source) -> str:

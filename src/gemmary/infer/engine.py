@@ -103,7 +103,7 @@ class Engine:
                     alive[row] = finish is None
                 if session is not None:
                     session.keep(cache, said)
-                    said = [*said, int(token_ids[0])]
+                    said.append(int(token_ids[0]))
                 yield step
                 if not alive.any():
                     return

@@ -104,8 +104,6 @@ class Pieces(Sequence[Piece]):
             )
         )
 
-    __hash__ = None  # type: ignore[assignment]
-
     def where(self, *kinds: Kind) -> list[int]:
         """The ids of the pieces of these kinds."""
         found: list[int] = np.flatnonzero(np.isin(self.kinds, kinds)).tolist()
