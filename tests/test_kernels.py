@@ -25,6 +25,7 @@ CASES = [  # B, T, N, K, H, window, softcap, documents
     (1, 1, 2, 1, 8, None, None, 1), (2, 37, 4, 1, 64, None, None, 1), (2, 37, 4, 2, 8, None, None, 4),
     (1, 300, 3, 3, 24, 40, None, 5), (2, 300, 4, 2, 64, None, 50.0, 6), (2, 131, 4, 2, 72, 17, 5.0, 6),
     (3, 64, 2, 1, 256, None, None, 1), (1, 129, 6, 2, 16, 1, 2.0, 1), (2, 161, 2, 1, 32, 128, None, 2),
+    (2, 300, 4, 2, 24, None, None, 0), (1, 280, 3, 1, 64, 20, 5.0, 0),  # trees
 ]  # fmt: skip
 
 
@@ -50,6 +51,30 @@ def plain(q, k, v, marks, window, softcap):  # type: ignore[no-untyped-def]
     return jnp.where((marks.positions >= 0)[..., None, None], out, 0)
 
 
+def tree_of(rng: np.random.Generator, B: int, T: int) -> Marks:
+    """Texts that share beginnings, depth first: each stretch grows from any on the way to the one before it, or from nothing."""
+    positions, segments, ends = (np.full((B, T), -1, np.int32) for _ in range(3))
+    for row in range(B):
+        path: list[tuple[int, int, slice]] = []  # segment, position after it, where its tokens are
+        at = segment = 0
+        while at < T - 2:
+            left = path[: rng.integers(0, len(path) + 1)]
+            for _, _, where in path[len(left) :]:
+                ends[row, where] = segment
+            size, begin = int(rng.integers(1, 9)), left[-1][1] if left else 0
+            where = slice(at, min(at + size, T - 2))
+            at = where.stop
+            positions[row, where], segments[row, where] = (
+                np.arange(begin, begin + size)[: where.stop - where.start],
+                segment,
+            )
+            path = [*left, (segment, begin + size, where)]
+            segment += 1
+        for _, _, where in path:
+            ends[row, where] = segment
+    return Marks(jnp.asarray(positions), jnp.asarray(segments), jnp.asarray(ends))
+
+
 @pytest.mark.parametrize(("B", "T", "N", "K", "H", "window", "softcap", "documents"), CASES)
 def test_attention_and_its_gradients_are_those_of_plain_jax(B, T, N, K, H, window, softcap, documents) -> None:  # type: ignore[no-untyped-def]
     assert kernels.serves_attention(H), "this machine's kernels are not built: is there a C++ compiler?"
@@ -58,7 +83,7 @@ def test_attention_and_its_gradients_are_those_of_plain_jax(B, T, N, K, H, windo
         jnp.asarray(rng.standard_normal((B, T, heads, H)) * scale, jnp.float32)
         for heads, scale in ((N, 2 * H**-0.5), (K, 1.0), (K, 1.0), (N, 1.0))
     )
-    marks = marks_of(rng, B, T, documents)
+    marks = marks_of(rng, B, T, documents) if documents else tree_of(rng, B, T)
     ours = jax.vjp(lambda *x: attend_among(*x, marks, window=window, softcap=softcap), q, k, v)
     theirs = jax.vjp(lambda *x: plain(*x, marks, window, softcap), q, k, v)
     assert float(jnp.abs(ours[0] - theirs[0]).max()) < 1e-5

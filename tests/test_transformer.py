@@ -118,14 +118,16 @@ def test_padding_is_not_written_and_sees_nothing() -> None:
 
 @pytest.mark.parametrize("window", [None, WINDOW, 1])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("segments", [False, True])
-def test_attention_paths_agree(window: int | None, softcap: float | None, segments: bool) -> None:
+@pytest.mark.parametrize("segments", ["one", "many", "tree"])
+def test_attention_paths_agree(window: int | None, softcap: float | None, segments: str) -> None:
     length = 3 * WINDOW + 17
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, 2, 3, length, 10))
     k, v = (jax.random.normal(key, (2, 2, length, 10)) for key in keys[1:])
     places = jnp.broadcast_to(jnp.arange(length), (2, length))
-    marks = Marks(places, places // 23 if segments else None)
+    # In the tree every other stretch is seen by the one after it, and the first by all.
+    ends = jnp.where(places < 23, length, places // 23 + 1 + (places // 23) % 2)
+    marks = Marks(places, None if segments == "one" else places // 23, ends if segments == "tree" else None)
     direct = attend_directly(q, k, v, marks, marks, window=window, softcap=softcap)
     for sizes in ((8, 4), (4, 16), (64, 64)):
         blocks = attend_in_blocks(

@@ -18,7 +18,8 @@ void reference(const Attention& a, const std::vector<float>& d, std::vector<doub
         for (int64_t s = 0; s <= t; ++s) {
           const int64_t key = b * T + s, from = (key * a.kv_heads + n / group) * H;
           const int32_t i = a.positions[row], j = a.positions[key];
-          if (j < 0 || j > i || a.segments[row] != a.segments[key] || (a.window && j <= i - a.window)) continue;
+          const bool grown = a.segments[row] >= a.segments[key] && a.segments[row] < a.ends[key];
+          if (j < 0 || j > i || !grown || (a.window && j <= i - a.window)) continue;
           double score = 0;
           for (int64_t h = 0; h < H; ++h) score += double(a.q[at + h]) * a.k[from + h];
           if (a.softcap > 0) {
@@ -68,13 +69,15 @@ int main() {
       return x;
     };
     const auto q = draw(queries), k = draw(keys), v = draw(keys), d = draw(queries);
-    std::vector<int32_t> positions(rows), segments(rows);
+    std::vector<int32_t> positions(rows), segments(rows), ends(rows);
     for (int64_t i = 0, position = 0, segment = 0; i < rows; ++i, ++position) {
       if (i % a.tokens == 0 || below(20) == 0) position = 0, ++segment;
       const bool padding = below(30) == 0;
       positions[i] = padding ? -1 : int32_t(position), segments[i] = padding ? -1 : int32_t(segment);
+      ends[i] = segments[i] + 1 + int32_t(below(3) ? 0 : below(5));
     }
     a.q = q.data(), a.k = k.data(), a.v = v.data(), a.positions = positions.data(), a.segments = segments.data();
+    a.ends = ends.data();
     std::vector<float> out(queries), log_sum(rows * a.heads), dq(queries), dk(keys), dv(keys);
     const gemmary::Kernels* const kernels = gemmary::GEMMARY_KERNELS();
     kernels->attend(pool, a, out.data(), log_sum.data());

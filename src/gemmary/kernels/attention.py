@@ -39,17 +39,19 @@ def attention(
     v: Float[Array, "B T K H"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
+    ends: Int[Array, "B T"],
     *,
     window: int | None,
     softcap: float | None,
 ) -> Float[Array, "B T N H"]:
     """Attention of scaled, rotated queries among themselves, and its gradient; no scores are kept, whatever T is.
 
-    A token sees those of its segment that stand no later than itself, in place and in position, and at most `window` back.
+    A token sees those that stand no later than itself, in place and in position, at most `window` back, and in whose segments,
+    from their own to the one before their end, its own lies.
     One at position -1 is padding: it sees nothing and its result is 0. Computed in fp32.
     """
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    return _attention(*wide, positions, segments, window or 0, softcap or 0.0).astype(q.dtype)
+    return _attention(*wide, positions, segments, ends, window or 0, softcap or 0.0).astype(q.dtype)
 
 
 def late_attention(
@@ -73,7 +75,15 @@ def late_attention(
     wide = put(jnp.zeros((B, k.shape[1], N, H), jnp.float32), q.astype(jnp.float32))
     like = jax.ShapeDtypeStruct(wide.shape, jnp.float32), jax.ShapeDtypeStruct((B, N, k.shape[1]), jnp.float32)
     places = key_positions.astype(jnp.int32)
-    given = wide, k.astype(jnp.float32), v.astype(jnp.float32), places, jnp.zeros_like(places), asks
+    given = (
+        wide,
+        k.astype(jnp.float32),
+        v.astype(jnp.float32),
+        places,
+        jnp.zeros_like(places),
+        jnp.ones_like(places),
+        asks,
+    )
     out, _ = kernel("attend", like)(*given, **_limits(window or 0, softcap or 0.0))
     return jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, T, 0))(out, start).astype(q.dtype)
 
@@ -151,9 +161,11 @@ def _in_pages(
     return out, keys, values
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q: Array, k: Array, v: Array, positions: Array, segments: Array, window: int, softcap: float) -> Array:
-    return _forward(q, k, v, positions, segments, window, softcap)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(
+    q: Array, k: Array, v: Array, positions: Array, segments: Array, ends: Array, window: int, softcap: float
+) -> Array:
+    return _forward(q, k, v, positions, segments, ends, window, softcap)[0]
 
 
 def _limits(window: int, softcap: float) -> dict[str, Any]:
@@ -161,11 +173,11 @@ def _limits(window: int, softcap: float) -> dict[str, Any]:
 
 
 def _forward(
-    q: Array, k: Array, v: Array, positions: Array, segments: Array, window: int, softcap: float
+    q: Array, k: Array, v: Array, positions: Array, segments: Array, ends: Array, window: int, softcap: float
 ) -> tuple[Array, tuple[Array, ...]]:
     B, T, N, _ = q.shape
     like = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    given = q, k, v, positions.astype(jnp.int32), segments.astype(jnp.int32)
+    given = q, k, v, *(x.astype(jnp.int32) for x in (positions, segments, ends))
     out, log_sum = kernel("attend", like)(*given, given[3], **_limits(window, softcap))
     return out, (*given, out, log_sum)
 
@@ -173,7 +185,7 @@ def _forward(
 def _backward(window: int, softcap: float, kept: tuple[Array, ...], d_out: Array) -> tuple[Any, ...]:
     like = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in kept[:3])
     grads = kernel("attend_gradient", like)(*kept, d_out, **_limits(window, softcap))
-    return (*grads, None, None)
+    return (*grads, None, None, None)
 
 
 _attention.defvjp(_forward, _backward)

@@ -46,20 +46,27 @@ _Running = tuple[Array, Array, Array]
 
 
 class Marks(NamedTuple):
-    """What a token's place says: its position in its own document (-1: none) and which document it belongs to."""
+    """What a token's place says: its position in its own document (-1: none) and which document it belongs to.
+
+    Texts that begin alike can share their beginning, as a tree of segments numbered in order of depth first: a token is then
+    seen by the segments from its own to the one before its `ends`. Without `ends` only its own segment sees it.
+    """
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"] | None = None
+    ends: Int[Array, "B T"] | None = None
 
 
 def visible(query: Marks, key: Marks, window: int | Array | None) -> Bool[Array, "B T S"]:
-    """Which keys each query sees: not after it, at most `window` back counting itself, and in its own segment."""
+    """Which keys each query sees: not after it, at most `window` back counting itself, and of its own segment or one that this grew from."""
     q, k = query.positions[:, :, None], key.positions[:, None, :]
     seen = (k <= q) & (k >= 0)
     if window is not None:
         seen &= k > q - window
     if query.segments is not None and key.segments is not None:
-        seen &= query.segments[:, :, None] == key.segments[:, None, :]
+        ends = key.segments + 1 if key.ends is None else key.ends
+        asking = query.segments[:, :, None]
+        seen &= (key.segments[:, None, :] <= asking) & (asking < ends[:, None, :])
     return seen
 
 
@@ -90,7 +97,8 @@ def attend_among(
     """Attention of tokens among themselves, in the order of their documents: no token sees one that stands after it."""
     if kernels.serves_attention(q.shape[3]) and not isinstance(window, jax.Array):
         segments = jnp.zeros_like(marks.positions) if marks.segments is None else marks.segments
-        return kernels.attention(q, k, v, marks.positions, segments, window=window, softcap=softcap)
+        ends = segments + 1 if marks.ends is None else marks.ends
+        return kernels.attention(q, k, v, marks.positions, segments, ends, window=window, softcap=softcap)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     if q.shape[1] ** 2 > _DIRECT_SCORES:
         return attend(q, k, v, marks, marks, window=window, softcap=softcap)
@@ -125,8 +133,7 @@ def attend_to_diagonal(
 
 
 def _slice(marks: Marks, start: int, end: int) -> Marks:
-    segments = None if marks.segments is None else marks.segments[:, start:end]
-    return Marks(marks.positions[:, start:end], segments)
+    return Marks(*(None if part is None else part[:, start:end] for part in marks))
 
 
 def _grouped(q: Float[Array, "B T N H"], heads: int) -> Float[Array, "B K G T H"]:
@@ -226,5 +233,4 @@ def _blocks(x: Array, marks: Marks, axis: int, size: int) -> tuple[Array, Marks]
             x = jnp.pad(x, widths, constant_values=fill)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
-    segments = None if marks.segments is None else cut(marks.segments, 1, -1)
-    return cut(x, axis, 0), Marks(cut(marks.positions, 1, -1), segments)
+    return cut(x, axis, 0), Marks(*(None if part is None else cut(part, 1, -1) for part in marks))

@@ -1,4 +1,4 @@
-// Attention of tokens among themselves: causal, with windows, packed documents, grouped heads and a soft-cap, in blocks
+// Attention of tokens among themselves: causal, with windows, packed documents and trees, grouped heads and a soft-cap, in blocks
 // of which no scores are kept (Dao, "FlashAttention-2", arXiv 2307.08691).
 //
 // A panel of queries, as wide as two vectors, lies across the lanes, with keys one below the other: so a softmax's
@@ -20,23 +20,25 @@ constexpr int64_t kBlock = 128;   // keys, or queries, that a panel meets at onc
 
 // Where tokens stand, of one row of the batch.
 struct Marks {
-  const int32_t *positions, *segments;
+  const int32_t *positions, *segments, *ends;
   int64_t tokens;
   int32_t window;
 
-  // Positions and segments of a stretch of tokens, from the least to the greatest.
+  // Positions, segments and ends of a stretch of tokens, from the least to the greatest.
   struct Range {
-    int32_t first, last, least_position, position, least_segment, segment;
+    int32_t first, last, least_position, position, least_segment, segment, least_end, end;
   };
 
   Range range(int64_t first, int64_t count) const {
     Range r{int32_t(first), int32_t(first + count - 1), positions[first], positions[first], segments[first],
-            segments[first]};
+            segments[first], ends[first], ends[first]};
     for (int64_t i = first + 1; i < first + count; ++i) {
       r.least_position = positions[i] < r.least_position ? positions[i] : r.least_position;
       r.position = positions[i] > r.position ? positions[i] : r.position;
       r.least_segment = segments[i] < r.least_segment ? segments[i] : r.least_segment;
       r.segment = segments[i] > r.segment ? segments[i] : r.segment;
+      r.least_end = ends[i] < r.least_end ? ends[i] : r.least_end;
+      r.end = ends[i] > r.end ? ends[i] : r.end;
     }
     return r;
   }
@@ -44,31 +46,32 @@ struct Marks {
   // Whether some query may see some key, and whether each sees all.
   static bool none(Range q, Range k, int32_t window) {
     return k.first > q.last || k.position < 0 || q.position < 0 || k.least_position > q.position ||
-           k.position <= q.least_position - window || k.least_segment > q.segment || k.segment < q.least_segment;
+           k.position <= q.least_position - window || k.least_segment > q.segment || k.end <= q.least_segment;
   }
   static bool all(Range q, Range k, int32_t window) {
     return k.last <= q.first && k.least_position >= 0 && k.position <= q.least_position &&
-           k.least_position > q.position - window && q.least_segment == q.segment &&
-           k.least_segment == q.segment && k.segment == q.segment;
+           k.least_position > q.position - window && k.segment <= q.least_segment && k.least_end > q.segment;
   }
 };
 
 // The marks of a panel's tokens, a lane each. Lanes past the last token see nothing and are seen by none.
 struct Lanes {
-  Ints place[2], position[2], segment[2];
+  Ints place[2], position[2], segment[2], end[2];
 
   Lanes(const Marks& marks, int64_t first) {
-    int32_t values[3][kColumns];
+    int32_t values[4][kColumns];
     for (int64_t i = 0; i < kColumns; ++i) {
       const bool there = first + i < marks.tokens;
       values[0][i] = int32_t(first + i);
       values[1][i] = there ? marks.positions[first + i] : -1;
       values[2][i] = there ? marks.segments[first + i] : -2;
+      values[3][i] = there ? marks.ends[first + i] : -2;
     }
     for (int j = 0; j < 2; ++j) {
       place[j] = load(values[0] + j * kWidth);
       position[j] = load(values[1] + j * kWidth);
       segment[j] = load(values[2] + j * kWidth);
+      end[j] = load(values[3] + j * kWidth);
     }
   }
 
@@ -76,8 +79,8 @@ struct Lanes {
   Ints see(int j, const Marks& marks, int64_t key) const {
     const int32_t k = marks.positions[key];
     if (k < 0) return Ints{};
-    return (position[j] >= k) & (position[j] < k + marks.window) & (segment[j] == marks.segments[key]) &
-           (place[j] >= int32_t(key));
+    return (position[j] >= k) & (position[j] < k + marks.window) & (segment[j] >= marks.segments[key]) &
+           (segment[j] < marks.ends[key]) & (place[j] >= int32_t(key));
   }
 
   // Lanes are keys: which the query sees.
@@ -85,7 +88,7 @@ struct Lanes {
     const int32_t q = marks.positions[query];
     if (q < 0) return Ints{};
     return (position[j] <= q) & (position[j] >= 0) & (position[j] > q - marks.window) &
-           (segment[j] == marks.segments[query]) & (place[j] <= int32_t(query));
+           (segment[j] <= marks.segments[query]) & (end[j] > marks.segments[query]) & (place[j] <= int32_t(query));
   }
 };
 
@@ -112,8 +115,8 @@ struct Head {
       : a(a), T(a.tokens), H(a.head_dim), rows(up(a.tokens, kRows)) {
     const int64_t kv = n / (a.heads / a.kv_heads);
     const int32_t window = a.window > 0 && a.window < (1 << 30) ? int32_t(a.window) : 1 << 30;
-    marks = {a.positions + b * T, a.segments + b * T, T, window};
-    asking = {(a.query_positions != nullptr ? a.query_positions : a.positions) + b * T, marks.segments, T, window};
+    marks = {a.positions + b * T, a.segments + b * T, a.ends + b * T, T, window};
+    asking = {(a.query_positions != nullptr ? a.query_positions : a.positions) + b * T, marks.segments, marks.ends, T, window};
     q_at = (b * T * a.heads + n) * H;
     k_at = (b * T * a.kv_heads + kv) * H;
     line = (b * a.heads + n) * T;

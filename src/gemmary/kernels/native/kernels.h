@@ -21,7 +21,8 @@ struct Attention {
   int64_t batch, tokens, heads, kv_heads, head_dim;
   int64_t window;  // keys back that a query sees, itself included; 0: all
   float softcap;   // 0: none
-  const int32_t *positions, *segments;  // [batch, tokens]; position -1: padding
+  // [batch, tokens]; position -1: padding. A key of segment s and end e is seen by queries of segments s to e - 1.
+  const int32_t *positions, *segments, *ends;
   const float *q, *k, *v;               // [batch, tokens, heads or kv_heads, head_dim]
   const int32_t* query_positions = nullptr;  // where only some ask: -1 in the others' places
 };

@@ -198,19 +198,19 @@ bool alike(A& a, B& b) {
 }
 
 ffi::ErrorOr<Attention> attention(const Values& q, const Values& k, const Values& v, const Numbers& positions,
-                                  const Numbers& segments, int64_t window, float softcap) {
+                                  const Numbers& segments, const Numbers& ends, int64_t window, float softcap) {
   const auto a = q.dimensions(), b = k.dimensions();
   if (a.size() != 4 || b.size() != 4 || !alike(k, v) || a[0] != b[0] || a[1] != b[1] || a[3] != b[3] || b[2] == 0 ||
       a[2] % b[2] != 0 || a[3] % 8 != 0 || int64_t(positions.element_count()) != a[0] * a[1] ||
-      segments.element_count() != positions.element_count())
+      segments.element_count() != positions.element_count() || ends.element_count() != positions.element_count())
     return ffi::Unexpected(ffi::Error::InvalidArgument("attention: the shapes do not fit"));
   return Attention{a[0], a[1], a[2], b[2], a[3], window, softcap, positions.typed_data(), segments.typed_data(),
-                   q.typed_data(), k.typed_data(), v.typed_data()};
+                   ends.typed_data(), q.typed_data(), k.typed_data(), v.typed_data()};
 }
 
 ffi::Error attend(ffi::ThreadPool threads, Values q, Values k, Values v, Numbers positions, Numbers segments,
-                  Numbers query_positions, Result out, Result log_sum, int64_t window, float softcap) {
-  auto made = attention(q, k, v, positions, segments, window, softcap);
+                  Numbers ends, Numbers query_positions, Result out, Result log_sum, int64_t window, float softcap) {
+  auto made = attention(q, k, v, positions, segments, ends, window, softcap);
   if (made.has_error()) return made.error();
   made->query_positions = query_positions.typed_data();
   if (!alike(query_positions, positions) || !alike(*out, q) || int64_t(log_sum->element_count()) != made->batch * made->heads * made->tokens)
@@ -221,9 +221,9 @@ ffi::Error attend(ffi::ThreadPool threads, Values q, Values k, Values v, Numbers
 }
 
 ffi::Error attend_gradient(ffi::ThreadPool threads, Values q, Values k, Values v, Numbers positions, Numbers segments,
-                           Values out, Values log_sum, Values d_out, Result dq, Result dk, Result dv, int64_t window,
+                           Numbers ends, Values out, Values log_sum, Values d_out, Result dq, Result dk, Result dv, int64_t window,
                            float softcap) {
-  const auto made = attention(q, k, v, positions, segments, window, softcap);
+  const auto made = attention(q, k, v, positions, segments, ends, window, softcap);
   if (made.has_error()) return made.error();
   if (int64_t(log_sum.element_count()) != made->batch * made->heads * made->tokens || !alike(out, q) ||
       !alike(d_out, q) || !alike(*dq, q) || !alike(*dk, k) || !alike(*dv, k))
@@ -327,6 +327,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_attend, gemmary::attend,
                                   .Arg<gemmary::Numbers>()
                                   .Arg<gemmary::Numbers>()
                                   .Arg<gemmary::Numbers>()
+                                  .Arg<gemmary::Numbers>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("window")
@@ -338,6 +339,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemmary_attend_gradient, gemmary::attend_gradient,
                                   .Arg<gemmary::Values>()
                                   .Arg<gemmary::Values>()
                                   .Arg<gemmary::Values>()
+                                  .Arg<gemmary::Numbers>()
                                   .Arg<gemmary::Numbers>()
                                   .Arg<gemmary::Numbers>()
                                   .Arg<gemmary::Values>()
