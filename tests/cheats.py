@@ -2,9 +2,20 @@
 
 A verdict's reason matches the first of each pair. Programs that hunt for the answer return whatever number 79xx they find:
 one that finds it passes. `@VICTIM@`, `@ANSWERS@`, `@HOME@` are files of the host's, `@PORT@` is a port of its that tells the answer.
+
+`CALLS` are for test programs, which a careless judge would believe to have held.
 """
 
 from __future__ import annotations
+
+import re
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
 
 TEST = "assert f(2) == 7919"
 
@@ -293,3 +304,170 @@ CHEATS: dict[str, tuple[str, str]] = {
     }.items()
     for name, cheat in cheats.items()
 }  # fmt: skip
+
+
+def _says(value: str, left: str = "[]") -> str:
+    """A candidate whose answers, where f is called, are these."""
+    return (
+        "import __main__, json\nhonest = __main__.answer\ndef f(n): return 0\n"
+        "def answer(number, target, arguments, keywords):\n"
+        "    if target != ['name', 'f']: return honest(number, target, arguments, keywords)\n"
+        f"    return json.dumps([number, True, {value}, {left}])\n__main__.answer = answer\n"
+    )
+
+
+_MATH = "assert math.isclose(f(2), 7919)"
+_CAUGHT = "try:\n    f(2)\nexcept BaseException:\n    pass\nassert f(3) is None"
+_REFUSES = "try:\n    f(2)\nexcept ValueError as error:\n    pass\nelse:\n    raise AssertionError"
+_TWICE = "assert f(1) == 1\nassert f(2) == 2"
+_PROMPT = "def turn(s):\n    return s[1:] + s[:1]\n\n\ndef back(s):\n    'Undoes turn.'\n"
+_BACK = "def check(candidate):\n    for text in ('abc', 'xy', 'pqrst'):\n        assert candidate(turn(text)) == text\n"
+_ANSWER = """
+import __main__, os, sys
+def send(number, value):
+    os.write(__main__.given["answers"], f'["{number}", true, {value}, []]\\n'.encode())
+def number():
+    return sys._getframe(2).f_locals["number"]
+"""
+NO, RAISED = "no result", "raised "
+
+CALLS: dict[str, tuple[str, str, str]] = {
+    # Names that a test uses.
+    "its own check": ("failed", f"def check(candidate):\n    {TEST.replace('f(', 'candidate(')}\ncheck(f)", "def check(f): pass\ndef f(n): return 0"),
+    "its own math": ("failed", _MATH, "class math: isclose = staticmethod(lambda *a: True)\ndef f(n): return 0"),
+    "math's function": ("failed", "import math\n" + _MATH, "import math\nmath.isclose = lambda *a: True\ndef f(n): return 0"),
+    "its own set": ("failed", "assert set(f(2)) == {7919}", "def set(n): return {7919}\ndef f(n): return []"),
+    "its own abs": ("failed", "assert abs(f(2) - 7919) < 1e-6", "import builtins\nabs = builtins.abs = lambda n: 0\ndef f(n): return 0"),
+    "the prompt's helper, in front of the test": (
+        "failed", _PROMPT + "\n" + _BACK + "check(back)", "def turn(s): return s\ndef back(s): return s",
+    ),
+    "the prompt's helper, behind the prompt": (
+        "failed", _BACK + "check(back)", _PROMPT + "    return s\ndef turn(s): return s\nglobals()['turn'] = turn",
+    ),
+    "the module of the prompt's helper": (
+        "failed", _BACK + "check(back)", _PROMPT + "    return s\nimport __main__\n__main__.module.turn = lambda s: s",
+    ),
+    # Objects.
+    "what is equal to everything": ("failed", TEST, _equal("object", "Equal()")),
+    "int that is equal to everything": ("failed", TEST, _equal("int", "Equal(0)")),
+    "list of what is equal to everything": ("failed", "assert f(2) == [7919]", _equal("object", "[Equal()]")),
+    "set of what is equal to everything": ("failed", "assert f(2) == {7919}", _equal("object", "{Equal()}")),
+    "what is in everything": ("failed", "assert 7919 in f(2)", "class A:\n    def __contains__(self, n): return True\n    def __iter__(self): return iter([])\ndef f(n): return A()"),
+    "what is false": ("failed", "assert not f(2)", "class A:\n    def __bool__(self): return False\n    def __len__(self): return 0\ndef f(n): return A()"),
+    "what is less and more": (RAISED + "TypeError", "assert f(2) > 7918", "class A:\n    def __gt__(self, n): return True\ndef f(n): return A()"),
+    "what stays itself": (
+        RAISED + "TypeError", "assert abs(f(2) - 7919) < 1e-6",
+        "class A:\n    def __sub__(self, n): return self\n    def __abs__(self): return self\n    def __lt__(self, n): return True\ndef f(n): return A()",
+    ),
+    "iteration without end": ("raised MemoryError|timed out", "assert sorted(f(2)) == [7919]", "import itertools\ndef f(n): return itertools.count()"),
+    "a length that lies": ("raised MemoryError|failed", "assert list(f(2)) == [7919]", "class A:\n    def __len__(self): return 2**60\n    def __iter__(self): return iter([])\ndef f(n): return A()"),
+    "a text that is none": (RAISED + "TypeError", "assert str(f(2)) == '7919'", "import __main__\n__main__.OPERATIONS['str'] = lambda n: n\ndef f(n): return object()"),
+    # Exceptions.
+    "an exception of that name": (RAISED + "Exception", _REFUSES, "class ValueError(Exception): pass\ndef f(n): raise ValueError"),
+    "an exception with a line of its own": (
+        RAISED + "Exception", _REFUSES, "class E(Exception):\n    __mro__ = (ValueError,)\n    __class__ = ValueError\ndef f(n): raise E",
+    ),
+    "an exception whose text exits": (NO, _CAUGHT, "import os\nclass E(Exception):\n    def __str__(self): os._exit(0)\ndef f(n): raise E"),
+    "an exception whose text raises": (
+        RAISED + "Exception", _REFUSES, "class E(Exception):\n    def __str__(self): raise ValueError\ndef f(n): raise E",
+    ),
+    "StopIteration": (RAISED + "StopIteration", TEST, "def f(n): raise StopIteration"),
+    "SystemExit": (RAISED + "SystemExit", TEST, "def f(n): raise SystemExit(0)"),
+    "an exit where everything is caught": (NO, _CAUGHT, "import os\ndef f(n): os._exit(0)"),
+    "a closed pipe where everything is caught": (NO, _CAUGHT, "import os\ndef f(n): os.closerange(0, 256)"),
+    "too long an answer where everything is caught": ("too much output", _CAUGHT, "def f(n): return 'a' * 10**6"),
+    "a malformed answer where everything is caught": (NO, _CAUGHT, _says("['tuple', 0]")),
+    # Answers.
+    "two answers": (NO, _TWICE, _ANSWER + "def f(n):\n    send(number(), 1)\n    send(number(), 2)\n    os._exit(0)"),
+    "an answer and one more": (NO, _TWICE, _ANSWER + "def f(n):\n    if n == 1: send(number(), 1)\n    return n"),
+    "an answer to a later request": (NO, TEST, _ANSWER + "send('0' * 16, 7919)\ndef f(n): return 7919"),
+    "an answer to an earlier request": (NO, _TWICE, _ANSWER + "last = []\ndef f(n):\n    last.append(number())\n    if n == 1: return 1\n    send(last[0], 2)"),
+    "answers without end": (NO, TEST, _ANSWER + "while True: send('0' * 16, 7919)"),
+    "a line without end": ("too much output", TEST, _ANSWER + "while True: os.write(__main__.given['answers'], b'9' * 1000)"),
+    "half an answer": ("timed out", TEST, _ANSWER + "import time\ndef f(n):\n    os.write(__main__.given['answers'], b'[')\n    time.sleep(99)"),
+    "no answer": ("timed out", TEST, "import time\ndef f(n): time.sleep(99)"),
+    "no answer, and a closed pipe": (NO, TEST, _ANSWER + "import time\ndef f(n):\n    os.close(__main__.given['answers'])\n    os.close(__main__.given['requests'])\n    time.sleep(99)"),
+    "requests that are taken by a thread": (
+        f"{NO}|timed out", TEST, _ANSWER + "import threading\ndef take():\n    while True: os.read(__main__.given['requests'], 10**6)\n"
+        "threading.Thread(target=take, daemon=True).start()\ndef f(n): return 0",
+    ),
+    "a request of its own": (
+        f"{NO}|failed", TEST, _ANSWER + "w = open(f\"/proc/self/fd/{__main__.given['requests']}\", 'wb')\n"
+        "w.write(b'[\"0\", [\"name\", \"f\"], [2], {}]\\n')\nw.flush()\ndef f(n): return 0",
+    ),
+    "a verdict": (NO, TEST, _FORGE + "forge(b'[\"passed\", \"\", 0]')\nos._exit(0)"),
+    "a verdict in an answer": ("failed", TEST, "def f(n): return ['passed', '', 0]"),
+    "json": (NO, TEST, "import json\njson.dumps = lambda *a: '[\"passed\", \"\", 0]'\ndef f(n): return 0"),
+    "builtins": ("failed", TEST, "import builtins\nbuiltins.AssertionError = builtins.Exception = SystemExit\nbuiltins.id = lambda v: 0\ndef f(n): return 0"),
+    "brackets without end": (NO, TEST, _ANSWER + "def f(n): os.write(__main__.given['answers'], b'[' * 60000 + b'\\n')"),
+    "lists without end": (f"{NO}|failed", TEST, _says("json.loads('[\"list\", [' * 450 + ']]' * 450)")),
+    "digits without end": (NO, TEST, _ANSWER + "def f(n):\n    send(number(), '9' * 60000)\n    os._exit(0)"),
+    "a number for a name": (NO, TEST, _says("['object', True]")),
+    "an object that is named": (NO, TEST, _says("['name', 'f']")),
+    "an operation": (NO, TEST, _says("['operation', 'value']")),
+    "a kind that is no value": (NO, TEST, _says("['kind', 'eval']")),
+    "a set of lists": (NO, TEST, _says("['set', [['list', []]]]")),
+    "a list of a text": (NO, TEST, _says("['list', '7919']")),
+    "a tag that is a list": (NO, TEST, _says("[['list', []], []]")),
+    "three parts": (NO, TEST, _says("['list', [], []]")),
+    "a dictionary of ones": (NO, TEST, _says("['dict', [1]]")),
+    "a dictionary": (NO, TEST, _says("{}")),
+    "an iterator that is none": (NO, "assert list(f(2)) == [7919]", "import __main__\n__main__.OPERATIONS['iter'] = lambda n: [7919]\ndef f(n): return object()"),
+    # Arguments.
+    "arguments that became others": (NO, "a = [7919]\nassert f(a) is None and a == [0]", _says("None", "[['tuple', []]] * len(arguments)")),
+    "arguments that became too many": (NO, "a = [7919]\nassert f(a) is None and a == [0]", _says("None", "[['list', [0]]] * 9")),
+    "arguments changed, and a value": ("failed", "a = [7919]\nassert f(a) == len(a)", _says("0", "[['list', []]] * len(arguments)")),
+    "arguments cleared, and a value": ("failed", "a = [7919]\nassert f(a) == sum(a)", "def f(a): a.clear(); return 0"),
+    # Looking for what is expected.
+    "what it can read": (
+        "failed|raised|timed out", TEST, _HUNT + "import fcntl\ndef f(n):\n    for d in range(3, 256):\n        try:\n"
+        "            fcntl.fcntl(d, fcntl.F_SETFL, os.O_NONBLOCK)\n            found = hunt(os.read(d, 10**6))\n        except OSError: continue\n        if found: return found",
+    ),
+    "what the pipes have": (
+        "failed|raised|timed out", TEST, _HUNT + "import fcntl\ndef f(n):\n    for path in glob.glob('/proc/self/fd/*'):\n        try:\n"
+        "            d = os.open(path, os.O_RDONLY | os.O_NONBLOCK)\n            found = hunt(os.read(d, 10**6))\n        except OSError: continue\n        if found: return found",
+    ),
+    "what an operator is given": (
+        RAISED + "TypeError", "assert f(2) - 7919 == 0", "class A:\n    def __sub__(self, n): return 0\ndef f(n): return A()",
+    ),
+}  # fmt: skip
+
+
+class Host:
+    """What a cheat may want to read or to destroy."""
+
+    def __init__(self, folder: Path, home: Path) -> None:
+        self.victim = folder / "victim" / "file"
+        self.victim.parent.mkdir()
+        self.victim.write_text("whole", encoding="utf-8")
+        self.answers = folder / "answers"
+        self.home = home / "answers"
+        for path in (self.answers, self.home):
+            path.write_text("7919", encoding="utf-8")
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.calls = 0
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:  # closed
+                return
+            self.calls += 1
+            with connection:
+                connection.sendall(b"7919")
+
+    def addressed(self, code: str) -> str:
+        port = str(self.listener.getsockname()[1])
+        names = {"VICTIM": self.victim, "ANSWERS": self.answers, "HOME": self.home, "PORT": port}
+        return re.sub("@([A-Z]+)@", lambda found: str(names[found[1]]), code)
+
+
+@contextmanager
+def attacked(folder: Path) -> Iterator[Host]:
+    """A host whose answers lie in that folder, at home, in its environment and behind a port."""
+    with tempfile.TemporaryDirectory(dir=Path.home()) as home, mock.patch.dict("os.environ", GEMMARY_ANSWERS="7919"):
+        found = Host(folder, Path(home))
+        yield found
+        found.listener.close()

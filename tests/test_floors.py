@@ -20,8 +20,8 @@ FLOORS = [
     ["checkpoints", "data"],
     ["infer"],
     ["train"],
-    ["evaluate"],
     ["gemma", "inspect", "chat"],
+    ["evaluate"],
     ["serve"],
     [
         "recipe",
@@ -34,7 +34,11 @@ FLOORS = [
         "report_pages",
         "report_sections",
         "report",
+        "evaluation_results",
+        "evaluations",
         "audits",
+        "comparison_results",
+        "comparison",
     ],
     ["cli"],
 ]
@@ -51,14 +55,17 @@ ROOMS = {
         "decontamination", "duplicates", "recitation", "curation_settings", "curation_report", "curation_steps", "executors",
         "curate", "library_facts", "lessons", "conversations", "instructions", "tokens", "packing", "turns", "mixture", "batches",
     ],
-    "infer": ["sampling", "session", "engine", "speculation", "memory", "steps", "drafting", "waiting", "batching"],
+    "infer": ["sampling", "session", "engine", "scoring", "speculation", "memory", "steps", "drafting", "waiting", "batching"],
     "train": [
         "memory", "flops", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "loop", "run", "pretrain", "finetune",
         "sft", "reward", "rollouts", "rewards", "watching", "rlhf", "dpo",
     ],
-    "evaluate": ["harness", "assertions", "sandbox", "tasks", "drawing", "memorization"],
+    "evaluate": ["harness", "isolation", "assertions", "calling", "programs", "sandbox", "code_eval", "tasks", "drawing", "memorization",
+        "published", "suites", "kept", "data_sets", "toxicity", "answering", "lm_eval", "several", "running", "held_out", "examination",
+        "questions", "speakers", "side_by_side", "judge", "pairs", "ratings",
+    ],
     "serve": [
-        "protocol", "settings", "metrics", "guards", "connection", "grammar", "replies", "asking", "completions", "app", "run", "door",
+        "protocol", "settings", "metrics", "guards", "connection", "pages", "rate", "grammar", "replies", "asking", "completions", "app", "run", "door",
     ],
 }  # fmt: skip
 # Doors of the package and of its rooms: they gather names and have no place of their own.
@@ -139,7 +146,7 @@ def _verbs(tree: ast.Module) -> set[str]:
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "subprocess", "torch"}
 # Generated code runs in a process of its own, behind namespaces and limits; this is the one module that starts it.
-SUBPROCESS = {"gemmary.evaluate.sandbox"}
+SUBPROCESS = {"gemmary.evaluate.isolation"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "Popen", "import_module"}
 
 

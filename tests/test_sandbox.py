@@ -7,16 +7,14 @@ import ctypes
 import os
 import re
 import shutil
-import socket
 import struct
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import cheats
 import pytest
+from cheats import Host, attacked
 
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.assertions import same
@@ -42,44 +40,10 @@ def _sandbox(limits: Limits) -> Sandbox:
         pytest.skip(str(error))
 
 
-class Host:
-    """What a cheat may want to read or to destroy."""
-
-    def __init__(self, folder: Path, home: Path) -> None:
-        self.victim = folder / "victim" / "file"
-        self.victim.parent.mkdir()
-        self.victim.write_text("whole", encoding="utf-8")
-        self.answers = folder / "answers"
-        self.home = home / "answers"
-        for path in (self.answers, self.home):
-            path.write_text("7919", encoding="utf-8")
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.calls = 0
-        threading.Thread(target=self._answer, daemon=True).start()
-
-    def _answer(self) -> None:
-        while True:
-            try:
-                connection, _ = self.listener.accept()
-            except OSError:  # closed
-                return
-            self.calls += 1
-            with connection:
-                connection.sendall(b"7919")
-
-    def addressed(self, code: str) -> str:
-        port = str(self.listener.getsockname()[1])
-        names = {"VICTIM": self.victim, "ANSWERS": self.answers, "HOME": self.home, "PORT": port}
-        return re.sub("@([A-Z]+)@", lambda found: str(names[found[1]]), code)
-
-
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with tempfile.TemporaryDirectory(dir=Path.home()) as home, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GEMMARY_ANSWERS", "7919")
-        found = Host(tmp_path_factory.mktemp("host"), Path(home))
+    with attacked(tmp_path_factory.mktemp("host")) as found:
         yield found
-        found.listener.close()
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,11 @@ def test_held_out_tasks_are_answered_by_every_model(lived: tuple[Path, Path, lis
         assert tasks["code"]["prompts"] == 3
     assert tasks["refusal"]["prompts"] == 3
     assert all(set(one["models"]) == {"base", "sft", "rlhf", "dpo"} for one in found["samples"])
+    records = [json.loads(line) for line in (folder / "evaluate" / "records.jsonl").read_text().splitlines()]
+    for model, ways in found["models"].items():
+        for how, one in ways.items():
+            mine = [r["value"] for r in records if (r["model"], r["how"], r["task"]) == (model, how, "refusal")]
+            assert sum(mine) / len(mine) == one["tasks"]["refusal"]["success"]
 
 
 def test_a_stage_that_was_begun_otherwise_is_refused(lived: tuple[Path, Path, list[str]]) -> None:

@@ -25,7 +25,9 @@ from gemmary import kernels
 from gemmary.audits import add_memorization
 from gemmary.chat import converse
 from gemmary.checkpoints import FORMATS, convert, open_model, quantize_model
+from gemmary.comparison import add_compare
 from gemmary.errors import GemmaryError
+from gemmary.evaluations import add_evaluate
 from gemmary.gemma import Gemma, load
 from gemmary.infer.sampling import Sampling
 from gemmary.inspect import Inspection, inspect_checkpoint, inspect_preset
@@ -252,7 +254,9 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+add_evaluate(app, _load, _progress)
 add_memorization(app, _load, _progress)
+add_compare(app, _load, _progress)
 
 
 def _print_inspection(found: Inspection) -> None:

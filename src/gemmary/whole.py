@@ -1,14 +1,17 @@
 """A whole life: all stages, and at its end held-out tasks, answered by every model it has.
 
 evaluate/results.json      of each model and task: prompts, the share answered right; and answers side by side
+evaluate/records.jsonl     every question with every model's answers
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,16 +22,23 @@ import jax.numpy as jnp
 
 from gemmary import kernels
 from gemmary.checkpoints.checkpoint import write_whole
-from gemmary.evaluate.tasks import success, tally
+from gemmary.evaluate.held_out import HeldOut, by_task
+from gemmary.evaluate.lm_eval import GemmaryLM
+from gemmary.evaluate.running import Run, Settings, Unjudged, run
+from gemmary.evaluate.sandbox import Sandbox
+from gemmary.evaluate.suites import Benchmark
+from gemmary.evaluate.tasks import success
+from gemmary.gemma import Gemma
+from gemmary.infer.engine import Engine
 from gemmary.stages import write_record
-from gemmary.train.rollouts import Rollout, roll, seeds
+from gemmary.train.rollouts import Rollout
 from gemmary.train.watching import manner
 from gemmary.tuning import Model, Tuning
 
 __all__ = ["STAGES", "WHOLE", "Whole"]
 
 _SAMPLES = 3  # of each source, side by side
-_BATCH = 64  # prompts answered at once
+_AT_ONCE = 32  # prompts answered at once
 
 
 class Whole(Tuning):
@@ -73,32 +83,37 @@ class Whole(Tuning):
             sandbox = self._sandbox()
             results: dict[str, Any] = {"sandbox": sandbox.layer if sandbox else None, "models": {}, "complete": True}
             samples: dict[str, dict[str, Any]] = {}
+            records: list[dict[str, Any]] = []
             for i, name in enumerate(models):
                 self.progress(i, len(models))
-                answers = self._answered(self._opened(name))
-                for how, rollouts in answers.items():
-                    found = tally(rollouts, success(sandbox)(rollouts))
-                    results["models"].setdefault(name, {})[how] = {"tasks": found, **manner(rollouts)}
-                _side_by_side(samples, name, answers["greedy"])
+                model = self._opened(name)
+                for how in ("greedy", "sampled"):
+                    runs, rollouts = self._answered(model, sandbox, sampled=how == "sampled")
+                    results["models"].setdefault(name, {})[how] = {"tasks": by_task(runs), **manner(rollouts)}
+                    records += [{"model": name, "how": how, **one} for run in runs for one in run.records]
+                    if how == "greedy":
+                        _side_by_side(samples, name, rollouts)
+            lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+            write_whole(folder / "records.jsonl", lines.encode())
             write_record(folder / "results.json", results | {"samples": list(samples.values())})
             return results
 
         return self.stage("evaluate", asdict(settings), {"instructions": gathered["digest"], **models}, work)
 
-    def _answered(self, model: Model) -> dict[str, list[Rollout]]:
-        """Each held-out prompt's answer: the likeliest, and one drawn."""
+    def _answered(self, model: Model, sandbox: Sandbox | None, *, sampled: bool) -> tuple[list[Run], list[Rollout]]:
+        """What each source's held-out prompts come to, and every answer: the likeliest ones, or drawn ones."""
         settings, learns = self.recipe.evaluate, self.given("instructions")
         found, _ = self._prompts(tuple(learns.weights), "held_out", model, settings)
-        asked = [prompt for some in found.values() for prompt in some[: settings.prompts]]
-        drawn = seeds(self.recipe.seed, 0, len(asked))
-        answers: dict[str, list[Rollout]] = {"greedy": [], "sampled": []}
-        for at in range(0, len(asked), _BATCH):
-            for how, some in (("greedy", None), ("sampled", drawn[at : at + _BATCH])):
-                answers[how] += roll(
-                    model.params, model.config, model.tokenizer, asked[at : at + _BATCH],
-                    max_new_tokens=settings.max_new_tokens, dtype=jnp.float32, seeds=some,
-                )  # fmt: skip
-        return answers
+        asked = {source: some[: settings.prompts] for source, some in found.items()}
+        engine = Engine(model.params, model.config, jnp.float32, min(model.config.num_tokens, model.tokenizer.size))
+        lm = GemmaryLM(Gemma(model.config, model.params, model.tokenizer, engine), slots=_AT_ONCE, on_progress=_unseen)
+        tasks = HeldOut(lm, asked, success(sandbox), max_new_tokens=settings.max_new_tokens, sampled=sampled)
+        runs = []
+        for source in asked:
+            with suppress(Unjudged):  # what has no answer and no tests is answered all the same
+                one = Benchmark(source, source, metric="success")
+                runs.append(run(lm, tasks, one, Settings(None, self.folder), "tests are run by the task itself"))
+        return runs, tasks.rollouts
 
 
 STAGES: dict[str, Callable[[Whole], dict[str, Any]]] = {
@@ -116,6 +131,10 @@ STAGES: dict[str, Callable[[Whole], dict[str, Any]]] = {
 
 WHOLE = ("pretrain", "sft", "reward", "rlhf", "dpo", "evaluate")
 """A whole life's stages, those that the recipe has."""
+
+
+def _unseen(done: int, total: int) -> None:
+    """The life has a bar of its own."""
 
 
 def _side_by_side(samples: dict[str, dict[str, Any]], model: str, rollouts: list[Rollout]) -> None:

@@ -1,4 +1,4 @@
-"""What runs inside the sandbox: the program that confines itself, loads hostile code and sends values out.
+"""What runs inside the sandbox: how an interpreter confines itself, and the program that loads hostile code and sends values out.
 
 The program holds no secret and nothing that it sends is trusted: it is as good as the candidate's own, once that runs.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["HARNESS", "system_call_filter"]
+__all__ = ["HARNESS", "START", "system_call_filter"]
 
-HARNESS = r'''
+START = r"""
 import collections, ctypes, json, os, resource, struct, sys, types
-
-DICTS = (dict, collections.Counter, collections.OrderedDict, collections.defaultdict)
 
 
 def confine(limits, filter):
@@ -37,6 +35,24 @@ def confine(limits, filter):
             raise OSError("this kernel refuses no-new-privileges or a system call filter")
 
 
+def start():
+    given = json.load(sys.stdin)
+    confine(given["limits"], bytes.fromhex(given["filter"]))
+    private, null = os.dup(1), os.open("/dev/null", os.O_RDWR)
+    for standard in range(3):
+        os.dup2(null, standard)
+    return given, private
+"""
+"""How every program here begins: `start()` gives what stood in standard input, with {"limits": {name of the rlimit: value}, "filter": hex},
+and a descriptor that was standard output. The process is confined from there on, and its standard descriptors lead nowhere.
+"""
+
+HARNESS = (
+    START
+    + r'''
+DICTS = (dict, collections.Counter, collections.OrderedDict, collections.defaultdict)
+
+
 def encode(value):
     """Type-tagged JSON; only exact built-in types, so that no code of the candidate's runs here."""
     kind = type(value)
@@ -59,11 +75,7 @@ def outcome(expression, namespace):
 
 
 def main():
-    given = json.load(sys.stdin)
-    confine(given["limits"], bytes.fromhex(given["filter"]))
-    private, null = os.dup(1), os.open("/dev/null", os.O_RDWR)
-    for standard in range(3):
-        os.dup2(null, standard)
+    given, private = start()
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module  # dataclasses and others look their module up
     try:
@@ -80,7 +92,8 @@ def main():
 
 main()
 '''
-"""For `python -I -S -c`. Standard input: {"code", "expressions", "limits": {name of the rlimit: value}, "filter": hex}.
+)
+"""For `python -I -S -c`. Standard input: {"code", "expressions", "limits", "filter"}.
 
 Standard output, which the candidate does not get as such: [[true, value] or [false, name of the exception], …], one each
 expression, or {"raised": name of the exception} where the code could not be loaded.

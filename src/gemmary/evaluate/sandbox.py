@@ -1,9 +1,10 @@
 """Whether generated code passes its tests, where the code is hostile.
 
-Expected values never enter the sandbox. A test is `assert <expression> == <literal>`; a fresh interpreter loads the code,
-evaluates the expressions and sends their values out, and this process compares them with the literals. Nothing that comes
-out is trusted: no exit code, no object with an equality of its own, no output but one well-formed list of values. A cheat can
-stop its own run, or send values that it did not compute; it passes only where these are the right ones.
+Expected values never enter the candidate's process. For `passes`, a test is `assert <expression> == <literal>`; a fresh
+interpreter loads the code, evaluates the expressions and sends their values out, and this process compares them with the literals.
+For `checks`, a test is a program; it runs in an interpreter of its own, and calls the code in the candidate's by messages. Nothing
+that comes from the candidate is trusted: no exit code, no object with an equality of its own, no output but well-formed values. A
+cheat can stop its own run, or send values that it did not compute; it passes only where these are the right ones.
 
 What remains: code that knows or guesses the values. Literals that were seen in training can be hard-coded, and `True` is right
 in half of all tests of a predicate; against both only tests that the model has not seen, and more of them, are of use. What
@@ -13,69 +14,46 @@ what this user can, and may find the literals in a file or in this process's mem
 
 from __future__ import annotations
 
-import glob
 import json
-import math
 import os
-import platform
 import re
-import select
-import shutil
-import signal
-import subprocess
-import sys
-import sysconfig
-import tempfile
 import textwrap
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import NamedTuple
 
-from gemmary.errors import GemmaryError, check_bounds
+from gemmary.errors import GemmaryError
 from gemmary.evaluate.assertions import Assertion, check_tests, parse_tests, same
-from gemmary.evaluate.harness import HARNESS, system_call_filter
+from gemmary.evaluate.calling import CANDIDATE, CHECKER
+from gemmary.evaluate.harness import HARNESS
+from gemmary.evaluate.isolation import (
+    Limits,
+    confinement,
+    interpreter,
+    interpreters_in_bubblewrap,
+    output,
+    running,
+    trial,
+)
+from gemmary.evaluate.programs import Program, answering, check_program, parse_program
 
-__all__ = ["Limits", "Sandbox", "Verdict", "check_tests", "find_code"]
+__all__ = ["Limits", "Sandbox", "Verdict", "check_program", "check_tests", "find_code"]
 
-_PROBE_SECONDS = 20.0
-_SHOWN = 80  # characters of an expression
+_SHOWN = 80  # characters of an expression or a line
 _FENCE = re.compile(r"```[ \t]*([\w+.-]*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 
 
 class Verdict(NamedTuple):
-    """`reason` is "passed", "wrong value for `f(2)`", "raised ValueError", "timed out", "too much output" or "no result"."""
+    """`reason` is "passed", "wrong value for `f(2)`", "raised ValueError", "timed out", "too much output" or "no result".
+
+    Of a test program also "failed `assert f(2) == 3`", the line whose assertion did not hold, and "cannot send function in `f(g)`".
+    """
 
     passed: bool
     reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Of one candidate with all its tests; GemmaryError where one is out of bounds."""
-
-    seconds: float = 5.0
-    """On the wall clock, the interpreter's start (some 50 ms) included."""
-    memory_bytes: int = 512 * 2**20
-    """Of address space."""
-    output_bytes: int = 64 * 2**10
-    """Of all values together, as JSON."""
-    scratch_bytes: int = 16 * 2**20
-    """Of /tmp in bubblewrap (read-only before its version 0.7), and of one file in either layer."""
-    files: int = 64
-    """Open at once."""
-    threads: int = 64
-    """Root's are bounded by memory only. In the layer "rlimits" whatever else the user runs is counted too."""
-
-    def __post_init__(self) -> None:
-        check_bounds(
-            self,
-            seconds=(0.1, 3600), memory_bytes=(2**26, None), output_bytes=(2**10, 2**26), scratch_bytes=(0, None),
-            files=(16, None), threads=(1, None),
-        )  # fmt: skip
 
 
 _LIMITS = Limits()
@@ -94,19 +72,8 @@ class Sandbox:
 
     def __init__(self, limits: Limits = _LIMITS, *, allow_unsandboxed: bool = False) -> None:
         self.limits = limits
-        self._confinement = {
-            "limits": {
-                "RLIMIT_AS": limits.memory_bytes,
-                "RLIMIT_CPU": math.ceil(limits.seconds) + 1,  # the wall clock comes first
-                "RLIMIT_FSIZE": limits.scratch_bytes,
-                "RLIMIT_NOFILE": limits.files,
-                "RLIMIT_NPROC": limits.threads,
-                "RLIMIT_CORE": 0,
-            },
-            "filter": system_call_filter(platform.machine()).hex(),
-        }
         said = "bubblewrap (bwrap) is not installed"
-        for command in _bubblewraps(limits):
+        for command in interpreters_in_bubblewrap(limits):
             if (said := self._trial(command)) == "":
                 self.layer, self._command = "bubblewrap", command
                 return
@@ -115,7 +82,7 @@ class Sandbox:
                 f"generated code needs a sandbox: {said}. Install bubblewrap and allow user namespaces, or accept resource "
                 "limits only, with allow_unsandboxed (--allow-unsandboxed)"
             )
-        self.layer, self._command = "rlimits", _python()
+        self.layer, self._command = "rlimits", interpreter()
         if said := self._trial(self._command):
             raise GemmaryError(f"generated code cannot be run here: {said}")
 
@@ -127,11 +94,14 @@ class Sandbox:
         reason names the first that fails. GemmaryError where a test is not of a form that `check_tests` allows.
         """
         parsed = parse_tests(tests)
-        output = self._run(self._request(code, [test.expression for test in parsed]))
-        if isinstance(output, str):
-            return Verdict(False, output)
+        deadline = time.monotonic() + self.limits.seconds
+        request = self._request(code, [test.expression for test in parsed])
+        with running([*self._command, HARNESS], request) as pipe:
+            sent = output(pipe, self.limits.output_bytes, deadline)
+        if isinstance(sent, str):
+            return Verdict(False, sent)
         try:
-            found = json.loads(output)
+            found = json.loads(sent)
         except (ValueError, RecursionError):
             return Verdict(False, "no result")
         return _judged(parsed, found)
@@ -148,108 +118,83 @@ class Sandbox:
         with ThreadPoolExecutor(workers or os.cpu_count() or 1, "sandbox") as pool:
             return list(pool.map(lambda candidate: self.passes(*candidate), candidates))
 
+    def checks(self, code: str, program: str, *, seconds: float | None = None) -> Verdict:
+        """Whether the test program runs to its end, with the names that it does not define taken from the code.
+
+        Two interpreters, each confined as in `passes`: one holds the code and answers calls, one runs the program. What the code
+        returns arrives as values of exact built-in types or, where it is anything else, as an object that is equal to itself only
+        and always true. Its exceptions arrive as the nearest built-in ones. Arguments are copies; where a call returns None, what
+        it did to them comes back. `programs.parse_program` says which names are the code's, and which programs are refused
+        (GemmaryError). A program that ends with `check(NAME)` may have its prompt in front. Where it has not and asks for more names, those that
+        the code defines before NAME come from a third interpreter, of that beginning alone: the prompt's, where a candidate
+        goes on from one. `seconds` in place of the limits' are for all of it.
+        """
+        return self.checks_all([(code, program)], workers=1, seconds=seconds)[0]
+
+    def checks_all(
+        self, candidates: Sequence[tuple[str, str]], *, workers: int | None = None, seconds: float | None = None
+    ) -> list[Verdict]:
+        """`checks` of every (code, program), in their order, `workers` at a time (the processors' number by default).
+
+        Bad programs raise before any code runs.
+        """
+        limits = self.limits if seconds is None else replace(self.limits, seconds=seconds)
+        programs = [parse_program(program) for _, program in candidates]
+        asked = [answering(code, program) for (code, _), program in zip(candidates, programs, strict=True)]
+        with ThreadPoolExecutor(workers or os.cpu_count() or 1, "sandbox") as pool:
+            return list(pool.map(lambda *one: self._checked(*one, limits=limits), programs, asked))
+
     def _request(self, code: str, expressions: list[str]) -> bytes:
-        return json.dumps({"code": code, "expressions": expressions, **self._confinement}).encode()
+        return json.dumps({"code": code, "expressions": expressions, **confinement(self.limits)}).encode()
 
     def _trial(self, command: list[str]) -> str:
         """Why the command does not run an honest candidate; empty where it does."""
-        try:
-            done = subprocess.run(
-                command, input=self._request("x = 1", ["x"]), capture_output=True, timeout=_PROBE_SECONDS, env={}, cwd="/"
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"{command[0]} does not work here (no answer in {_PROBE_SECONDS:g} seconds)"
-        except OSError as error:
-            return f"{command[0]} does not work here ({error})"
-        if done.stdout == b"[[true, 1]]":
-            return ""
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return f"{command[0]} does not work here ({last[0]})"
+        return trial([*command, HARNESS], self._request("x = 1", ["x"]), b"[[true, 1]]")
 
-    def _run(self, request: bytes) -> bytes | str:
-        """What the candidate sent, or why nothing of it counts. When it returns, the candidate has been killed."""
-        deadline = time.monotonic() + self.limits.seconds
-        # A file and no pipe: a child that does not read cannot hold this process up.
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            given.write(request)
-            given.seek(0)
-            with subprocess.Popen(
-                self._command, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder, env={},
-                start_new_session=True,
-            ) as process:  # fmt: skip
-                assert process.stdout is not None
-                try:
-                    return _read(process.stdout.fileno(), self.limits.output_bytes, deadline)
-                finally:
-                    _end(process)
+    def _checked(self, program: Program, asked: tuple[list[str], dict[str, int]], *, limits: Limits) -> Verdict:
+        deadline = time.monotonic() + limits.seconds
+        codes, names = asked
+        bounds = confinement(limits)
+        with ExitStack() as stack:
+            # Only what is named reaches a process, and this one keeps no end: where one dies, the other sees the pipe close.
+            theirs = stack.enter_context(ExitStack())
+            lines = []
+            for each in codes:
+                (taken, requests), (answers, given_back) = _pipe(theirs), _pipe(theirs)
+                lines.append((requests, answers))
+                given = {"code": each, "requests": taken, "answers": given_back, **bounds}
+                command = [*self._command, CANDIDATE]
+                stack.enter_context(running(command, json.dumps(given).encode(), (taken, given_back)))
+            given = {
+                "program": program.source, "names": names, "modules": program.modules, "lines": lines,
+                "most": limits.output_bytes, **bounds,
+            }  # fmt: skip
+            command, passed_on = [*self._command, CHECKER], [end for line in lines for end in line]
+            said = stack.enter_context(running(command, json.dumps(given).encode(), passed_on))
+            theirs.close()
+            return _concluded(program, output(said, limits.output_bytes, deadline))
 
 
-def _read(pipe: int, most: int, deadline: float) -> bytes | str:
-    """All that comes until the other end closes."""
-    poll = select.poll()  # select() cannot take descriptors from 1024
-    poll.register(pipe, select.POLLIN)
-    got = bytearray()
-    while (left := deadline - time.monotonic()) > 0:
-        if not poll.poll(left * 1000):
-            break
-        chunk = os.read(pipe, 2**16)
-        if not chunk:
-            return bytes(got) or "no result"
-        got += chunk
-        if len(got) > most:
-            return "too much output"
-    return "timed out"
+def _pipe(stack: ExitStack) -> tuple[int, int]:
+    ends = os.pipe()
+    for end in ends:
+        stack.callback(os.close, end)
+    return ends
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills it and all that it started."""
-    with suppress(OSError, subprocess.TimeoutExpired):
-        # Bubblewrap's child, the first process of its namespace, goes before bubblewrap, which then reaps it: as an orphan it
-        # would stay a zombie wherever process 1 does not reap, as in many containers.
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
-        for child in children:
-            os.kill(int(child), signal.SIGKILL)
-        if children:
-            process.wait(1)
-    if process.returncode is None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _python() -> list[str]:
-    # The base interpreter: a virtual environment's would need that environment's files.
-    executable = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-    return [executable, "-I", "-S", "-c", HARNESS]
-
-
-def _bubblewraps(limits: Limits) -> list[list[str]]:
-    """Commands to try, best first; none where bubblewrap is not installed."""
-    found = shutil.which("bwrap")
-    if found is None:
-        return []
-    python = _python()
-    base = os.path.realpath(sys.base_prefix)
-    libraries = ["/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", f"{base}/lib", f"{base}/lib64"]
-    files = ["/etc/ld.so.cache", "/usr/share/zoneinfo", python[0], sysconfig.get_path("stdlib")]
-    shown = [path for path in dict.fromkeys([*libraries, *files]) if os.path.exists(path)]
-    # What is installed beside the standard library may be a data set with its answers.
-    hidden = {
-        path for root in libraries for path in glob.glob(f"{root}/python3*/*-packages") if not os.path.islink(path)
-    }
-    command = [found, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
-    # Else bubblewrap leaves before the first process of its namespace, an orphan.
-    command += ["--as-pid-1"]
-    for path in shown:
-        command += ["--ro-bind", path, path]
-    for path in sorted(hidden):
-        command += ["--tmpfs", path, "--remount-ro", path]
-    # What is written to a tmpfs is memory that no limit of the process counts: all but /tmp is read-only.
-    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    rest = ["--remount-ro", "/", "--chdir", "/tmp", "--", *python]
-    return [
-        [*command, "--size", str(max(limits.scratch_bytes, 1)), "--tmpfs", "/tmp", *rest],
-        [*command, "--dir", "/tmp", *rest],
-    ]
+def _concluded(program: Program, said: bytes | str) -> Verdict:
+    """From what the checker's process said: it runs nobody's code but the program's."""
+    if isinstance(said, str):
+        return Verdict(False, said)
+    what, exception, line = json.loads(said)
+    place = f" `{_shown(text)}`" if (text := program.line(line)) else ""
+    if what == "failed":
+        return Verdict(False, f"failed{place}")
+    if what == "raised":
+        return Verdict(False, _raised(exception) + (place and f" in{place}"))
+    return Verdict(
+        what == "passed", what if what in ("passed", "no result", "too much output") else f"{what} in{place}"
+    )
 
 
 def _judged(tests: list[Assertion], found: object) -> Verdict:
@@ -259,7 +204,7 @@ def _judged(tests: list[Assertion], found: object) -> Verdict:
     if not isinstance(found, list) or len(found) != len(tests):
         return Verdict(False, "no result")
     for test, outcome in zip(tests, found, strict=True):
-        shown = test.expression if len(test.expression) <= _SHOWN else test.expression[: _SHOWN - 1] + "…"
+        shown = _shown(test.expression)
         match outcome:
             case [True, value] if same(test.expected, value):
                 continue
@@ -270,6 +215,10 @@ def _judged(tests: list[Assertion], found: object) -> Verdict:
             case _:
                 return Verdict(False, "no result")
     return Verdict(True, "passed")
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
 def _raised(name: object) -> str:

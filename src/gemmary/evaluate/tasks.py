@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 
 from gemmary.evaluate.sandbox import Sandbox, find_code
-from gemmary.train.reward import interval
 from gemmary.train.rewards import Reward, exact_answer
 from gemmary.train.rollouts import Rollout
 
-__all__ = ["passing_tests", "success", "tally"]
+__all__ = ["passing_tests", "success"]
 
 
 def passing_tests(sandbox: Sandbox) -> Reward:
@@ -41,23 +37,3 @@ def success(sandbox: Sandbox | None) -> Reward:
         ]
 
     return judge
-
-
-def tally(rollouts: Sequence[Rollout], judged: Sequence[float | None]) -> dict[str, Any]:
-    """By source, and the mean over sources (`all`): how many prompts can be judged, the share answered right and its 95 % interval."""
-    sources: dict[str, list[float]] = {}
-    for one, value in zip(rollouts, judged, strict=True):
-        if value is not None:
-            sources.setdefault(one.prompt.source, []).append(value)
-    found: dict[str, Any] = {
-        name: {
-            "prompts": len(values),
-            "success": float(np.mean(values)),
-            "interval": interval(sum(values), len(values)),
-        }
-        for name, values in sorted(sources.items())
-    }
-    if found:
-        count = sum(one["prompts"] for one in found.values())
-        found["all"] = {"prompts": count, "success": float(np.mean([one["success"] for one in found.values()]))}
-    return found

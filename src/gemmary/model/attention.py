@@ -133,7 +133,8 @@ def attend_to_diagonal(
 
 
 def _slice(marks: Marks, start: int, end: int) -> Marks:
-    return Marks(*(None if part is None else part[:, start:end] for part in marks))
+    part: Marks = jax.tree.map(lambda part: part[:, start:end], marks)
+    return part
 
 
 def _grouped(q: Float[Array, "B T N H"], heads: int) -> Float[Array, "B K G T H"]:
@@ -233,4 +234,4 @@ def _blocks(x: Array, marks: Marks, axis: int, size: int) -> tuple[Array, Marks]
             x = jnp.pad(x, widths, constant_values=fill)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
-    return cut(x, axis, 0), Marks(*(None if part is None else cut(part, 1, -1) for part in marks))
+    return cut(x, axis, 0), jax.tree.map(lambda part: cut(part, 1, -1), marks)
