@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from gemmary import evaluation_results
 from gemmary.errors import GemmaryError
 from gemmary.report import report
 from gemmary.report_figures import curve, watched_curve
+from gemmary.report_judgements import judgements
 from gemmary.report_pages import Samples, Section, Table, html_page, markdown_page
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> `*|_ </pre></table>"
@@ -139,3 +142,38 @@ def test_curves_are_drawn_from_what_there_is() -> None:
     assert drawn == curve(
         [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "held_out": {"prose": 1.5}}], "held_out", "bits"
     )
+
+
+def test_judgements_in_folders_of_the_run_are_shown(tmp_path: Path) -> None:
+    line = {
+        "suite": "gemma", "benchmark": "PIQA", "task": "piqa", "shots": 0, "asked_shots": 0, "metric": "acc", "value": 68.9,
+        "interval": [66.0, 71.7], "questions": 1000, "of": 1838, "seconds": 9.4, "published": 67.7, "published_shots": 0,
+        "comparable": True, "reproduced": True, "difference": 1.2, "joint": 3.6,
+    }  # fmt: skip
+    missing = {"suite": "gemma", "benchmark": "SIQA", "task": "social_iqa", "missing": "hub/siqa is not there"}
+    card = SimpleNamespace(name="gemma-3-270m", source="its card")
+    share = {"share": 0.1, "count": 1, "interval": [0.02, 0.4]}
+    shares = dict.fromkeys(("exact", "approximate", "personal", "secret"), share)
+    tally = {"pairs": 4, "wins": 2, "ties": 1, "losses": 1, "invalid": 0, "rate": 0.625, "interval": [0.2, 0.9]}
+    written = {
+        "suites/evaluation.json": evaluation_results.summary("sample", card, [line, missing]),
+        "audit/memorization.json": {"model": "m", "seen": {"corpora": {"web": {"documents": 10, **shares}}, "all": {}}},
+        "duel/comparison.json": {
+            "about": {"a": "<b>one</b>", "b": "two", "folder": "duel"}, "pairs": 4, "equal": 0, "cut": {"a": 0, "b": 0},
+            "judge": {"all": tally, "categories": {"x": tally}},
+        },
+    }  # fmt: skip
+    for name, value in written.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(value))
+    sections = judgements(tmp_path)
+    assert [section.title for section in sections] == ["Benchmarks", "What it recites", "Side by side"]
+    assert all(len(section.figures) == 1 for section in sections)
+    evaluated = sections[0].tables[0].rows
+    assert evaluated[0][4:7] == ["68.9 [66.0, 71.7] acc", "67.7", "yes, +1.2 ± 3.6"]
+    assert evaluated[1][4] == "not run: hub/siqa is not there"
+    assert evaluated[2][1:5] == ["mean of 1", "", "", "68.9"]
+    assert sections[1].tables[0].rows[0][:4] == ["seen", "web", "10", "10.00 [2.00, 40.00]"]
+    assert sections[2].tables[0].rows[0][-1] == "62.5 [20, 90]"
+    assert "<b>one" not in html_page("t", sections)
+    assert judgements(tmp_path / "duel") == []

@@ -16,7 +16,7 @@ from gemmary.checkpoints.checkpoint import staged
 from gemmary.errors import GemmaryError
 from gemmary.gemma import Gemma
 
-__all__ = ["add_memorization", "chart", "corpora_of", "write_audit"]
+__all__ = ["COLUMNS", "add_memorization", "chart", "corpora_of", "rows", "write_audit"]
 
 _SUFFIXES = (".jsonl", ".parquet", ".txt", ".md")
 _TABLE_WIDTH = 120  # so that intervals stay whole where output is piped
@@ -138,14 +138,25 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
                 yield part, "all", found[part]["all"]
 
 
-def _table(found: Mapping[str, Any]) -> Table:
-    table = Table("", "corpus", "documents", *_SHARES, title="recited, percent of documents [95 % interval]")
+COLUMNS = ["", "corpus", "documents", *_SHARES]
+
+
+def rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each corpus, as `COLUMNS`: shares of its documents in percent, with their 95 % intervals."""
+    made = []
     for part, name, one in _rows(found):
         cells = []
         for share in _SHARES:
             low, high = (100 * bound for bound in one[share]["interval"])
             cells.append(f"{100 * one[share]['share']:.2f} [{low:.2f}, {high:.2f}]")
-        table.add_row(part, name, f"{one['documents']:,}", *cells)
+        made.append([part, name, f"{one['documents']:,}", *cells])
+    return made
+
+
+def _table(found: Mapping[str, Any]) -> Table:
+    table = Table(*COLUMNS, title="recited, percent of documents [95 % interval]")
+    for row in rows(found):
+        table.add_row(*row)
     return table
 
 

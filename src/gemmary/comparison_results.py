@@ -18,9 +18,10 @@ from gemmary.evaluate.drawing import figure, svg
 from gemmary.evaluate.pairs import Pair, preferences
 from gemmary.evaluate.side_by_side import Outcome, agreement, by_category, position_bias, tally, written
 
-__all__ = ["Results", "chart"]
+__all__ = ["COLUMNS", "Results", "chart", "rows"]
 
 _TABLE_WIDTH = 110  # so that intervals stay whole where output is piped
+COLUMNS = ["by", "category", "pairs", "A wins", "ties", "B wins", "invalid", "win rate of A, % [95 % interval]"]
 _COLORS = {"wins": "tab:blue", "ties": "0.82", "losses": "tab:orange"}
 
 
@@ -96,11 +97,9 @@ class Results:
         shown = Console()
         shown.width = max(shown.width, _TABLE_WIDTH)
         title = escape(f"A = {self._about['a']}, B = {self._about['b']}")
-        columns = ("by", "category", "pairs", "A wins", "ties", "B wins", "invalid", "win rate of A, % [95 % interval]")
-        table = Table(*columns, title=title)
-        for name, category, one in _rows(self.found):
-            counts = (str(one[key]) for key in ("pairs", "wins", "ties", "losses", "invalid"))
-            table.add_row(name, escape(category), *counts, written(one["rate"], one["interval"]))
+        table = Table(*COLUMNS, title=title)
+        for row in rows(self.found):
+            table.add_row(*map(escape, row))
         for column in table.columns[2:7]:
             column.justify = "right"
         if table.row_count:
@@ -125,6 +124,19 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
             categories = found[name]["categories"]
             yield from ((name, category, one) for category, one in categories.items() if len(categories) > 1)
             yield name, "all", found[name]["all"]
+
+
+def rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each category and who ruled, as `COLUMNS`."""
+    return [
+        [
+            name,
+            category,
+            *(str(one[key]) for key in ("pairs", "wins", "ties", "losses", "invalid")),
+            written(one["rate"], one["interval"]),
+        ]
+        for name, category, one in _rows(found)
+    ]
 
 
 def _remarks(found: Mapping[str, Any]) -> Iterator[str]:

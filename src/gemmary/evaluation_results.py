@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["chart", "summary", "table"]
+__all__ = ["COLUMNS", "chart", "rows", "summary", "table"]
 
 
 def summary(model: str, card: Any, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -21,27 +22,35 @@ def summary(model: str, card: Any, lines: Sequence[Mapping[str, Any]]) -> dict[s
     return {"model": model, "published": beside, "suites": means, "benchmarks": list(lines)}
 
 
-def table(found: Mapping[str, Any]) -> Table:
-    """A row for each benchmark: ours with its interval, what was published, whether they agree, and the time."""
-    beside = found["published"]
-    title = f"{found['model']}, percent [95 % interval]" + (f", beside {beside['model']}" if beside else "")
-    out = Table("suite", "benchmark", "shots", "questions", "ours", "published", "reproduced", "time", title=title)
+COLUMNS = ["suite", "benchmark", "shots", "questions", "ours", "published", "reproduced", "time"]
+
+
+def rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each benchmark, as `COLUMNS`: ours with its interval, what was published, whether they agree, and the time; and each suite's mean."""
+    made = []
     for line in found["benchmarks"]:
         if "missing" in line:
-            out.add_row(line["suite"], line["benchmark"], "", "", "not run: " + line["missing"], "", "", "")
+            made.append([line["suite"], line["benchmark"], "", "", "not run: " + line["missing"], "", "", ""])
             continue
         low, high = line["interval"]
-        shots = (
-            str(line["shots"])
-            if line["asked_shots"] in (None, line["shots"])
-            else f"{line['shots']} of {line['asked_shots']}"
-        )
+        asked, shots = line["asked_shots"], str(line["shots"])
+        shots += "" if asked in (None, line["shots"]) else f" of {asked}"
         count = f"{line['questions']:,}" + (f" of {line['of']:,}" if line["questions"] < line["of"] else "")
         ours = f"{line['value']:.1f} [{low:.1f}, {high:.1f}] {line['metric']}"
         cells = [line["suite"], line["benchmark"], shots, count, ours, _published(line), _verdict(line)]
-        out.add_row(*cells, f"{line['seconds']:.0f} s")
+        made.append([*cells, f"{line['seconds']:.0f} s"])
     for name, one in found["suites"].items():
-        out.add_row(name, f"mean of {one['benchmarks']}", "", "", f"{one['mean']:.1f}", "", "", "", style="bold")
+        made.append([name, f"mean of {one['benchmarks']}", "", "", f"{one['mean']:.1f}", "", "", ""])
+    return made
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """The rows as a table for a terminal."""
+    beside = found["published"]
+    title = f"{found['model']}, percent [95 % interval]" + (f", beside {beside['model']}" if beside else "")
+    out = Table(*COLUMNS, title=escape(title))
+    for row in rows(found):
+        out.add_row(*map(escape, row))
     for column in out.columns[2:4] + out.columns[7:]:
         column.justify = "right"
     return out

@@ -11,6 +11,7 @@ from typing import Any
 
 from gemmary.checkpoints.checkpoint import write_whole
 from gemmary.errors import GemmaryError
+from gemmary.report_judgements import judgements
 from gemmary.report_pages import Section, Table, html_page, markdown_page
 from gemmary.report_sections import SECTIONS, RunFiles
 
@@ -31,7 +32,9 @@ def report(folder: Path, *, watts: float = _WATTS) -> dict[str, Any]:
     if not 0 < watts < 1e5:
         raise GemmaryError(f"watts is {watts}; it is above 0")
     parts = [make(run) for make in SECTIONS]
-    sections = [part for part in (*parts, _costs(run, watts), _origin(run)) if part is not None]
+    sections = [
+        part for part in (*parts, *judgements(run.folder), _costs(run, watts), _origin(run)) if part is not None
+    ]
     title = f"{run.folder.resolve().name}: a Gemma and its life"
     write_whole(folder / "report.html", html_page(title, sections).encode())
     write_whole(folder / "README.md", markdown_page(title, sections).encode())

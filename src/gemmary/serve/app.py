@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
-import re
 import sys
 import time
-from importlib import resources
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
@@ -24,8 +20,9 @@ from gemmary.model.pages import page_bytes
 from gemmary.serve.asking import prepare
 from gemmary.serve.completions import Run
 from gemmary.serve.grammar import Grammars
-from gemmary.serve.guards import FAULT, Guards, log, refused
+from gemmary.serve.guards import FAULT, Guards, body_of, log, refused
 from gemmary.serve.metrics import Metrics
+from gemmary.serve.pages import page_headers, page_of
 from gemmary.serve.protocol import LIMITS, ApiError, Chat, Completions, parse
 from gemmary.serve.settings import Settings
 
@@ -112,7 +109,7 @@ def application(service: Service) -> ASGIApp:
 
 def _add_answers(app: FastAPI, service: Service) -> None:
     async def answer(request: Request, kind: type[_Ask]) -> Response:
-        ask = parse(kind, await _body(request))
+        ask = parse(kind, await body_of(request, LIMITS.body))
         service.model(ask.model)
         gemma, batcher, grammars = service.gemma, service.batcher, service.grammars
         if service.closing or gemma is None or batcher is None or grammars is None:
@@ -154,47 +151,16 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    page, policy = _page()
+    page = page_of("chat.html")
+    headers = page_headers(page)
 
     @app.get("/")
     async def chat_page() -> Response:
-        return Response(
-            page, media_type="text/html", headers={"content-security-policy": policy, "x-frame-options": "DENY"}
-        )
+        return Response(page, media_type="text/html", headers=headers)
 
     @app.get("/favicon.ico")
     async def icon() -> Response:
         return Response(status_code=204)
-
-
-async def _body(request: Request) -> bytes:
-    """The body, at most so many bytes of it. Raises ApiError for more, and for what does not say that it is JSON."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > LIMITS.body:
-            raise ApiError(413, f"the body is over the limit of {LIMITS.body} bytes", code="body_too_large")
-    return bytes(body)
-
-
-def _page() -> tuple[bytes, str]:
-    """The chat page, and the policy that lets a browser run its own script and nothing else."""
-    page = (resources.files("gemmary.serve") / "chat.html").read_bytes()
-
-    def hashes(tag: str) -> str:
-        inside = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
-        found = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in inside]
-        return " ".join(f"'sha256-{digest}'" for digest in found) or "'none'"
-
-    policy = {
-        "default-src": "'none'", "script-src": hashes("script"), "style-src": hashes("style"), "connect-src": "'self'",
-        "img-src": "'none'", "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
-        "require-trusted-types-for": "'script'", "trusted-types": "'none'",
-    }  # fmt: skip
-    return page, "; ".join(f"{name} {value}" for name, value in policy.items())
 
 
 def _no_route(request: Request, error: Exception) -> Response:

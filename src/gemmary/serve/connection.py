@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from gemmary.errors import GemmaryError
 from gemmary.serve.protocol import LIMITS, ApiError
 
-__all__ = ["Connection"]
+__all__ = ["Connection", "listening"]
 
 _MOST_EARLY = 64 << 10
 _MOST_DRAINED = 64 << 20
@@ -130,3 +132,18 @@ class Connection(H11Protocol):
         if self.cycle is not None:  # whoever waits for the body, or would answer, learns that nobody is there
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+
+
+def listening(host: str, port: int) -> tuple[socket.socket, str]:
+    """A socket on this address, and the URL of what answers there; port 0 leaves the choice to the system.
+
+    Raises GemmaryError where the address cannot be had.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.create_server(address[:2], family=family)
+    except OSError as error:
+        why = (error.strerror or str(error)).partition(" (while")[0]
+        raise GemmaryError(f"cannot listen on {host} port {port}: {why}; choose another with --port") from None
+    name, chosen = made.getsockname()[:2]
+    return made, f"http://{f'[{name}]' if ':' in name else name}:{chosen}"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,7 +27,7 @@ from gemmary.serve.metrics import Metrics
 from gemmary.serve.protocol import LIMITS, ApiError
 from gemmary.serve.settings import Settings
 
-__all__ = ["FAULT", "Guards", "Note", "log", "refused"]
+__all__ = ["FAULT", "Guards", "Note", "body_of", "log", "refused"]
 
 _OPEN = {"/", "/health", "/favicon.ico"}
 _ROUTES = {*_OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
@@ -180,3 +181,16 @@ def _where(error: Exception) -> str:
     """What broke and where, without the message, which may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     return " < ".join([type(error).__name__, *(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))])
+
+
+async def body_of(request: Request, most: int) -> bytes:
+    """The body. Raises ApiError for more than `most` bytes, and for what does not say that it is JSON: a form of another page's cannot say so."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most:
+            raise ApiError(413, f"the body is over the limit of {most} bytes", code="body_too_large")
+    return bytes(body)

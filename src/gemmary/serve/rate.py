@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import secrets
 import signal
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import FrameType
@@ -22,12 +21,11 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from gemmary.errors import GemmaryError
 from gemmary.evaluate.judge import EMPTY
 from gemmary.evaluate.pairs import Pair
 from gemmary.evaluate.ratings import Ratings
-from gemmary.serve.connection import Connection
-from gemmary.serve.guards import Guards, refused
+from gemmary.serve.connection import Connection, listening
+from gemmary.serve.guards import Guards, body_of, refused
 from gemmary.serve.metrics import Metrics
 from gemmary.serve.pages import page_headers, page_of
 from gemmary.serve.protocol import LIMITS, ApiError
@@ -76,12 +74,12 @@ def rating(pairs: Sequence[Pair], ratings: Ratings, settings: Settings) -> ASGIA
 
     @app.post("/next")
     async def next_(request: Request) -> Response:
-        ask = _Rater.model_validate_json(await _body(request))
+        ask = _Rater.model_validate_json(await body_of(request, _BODY))
         return JSONResponse(_view(shown, ratings, ask.rater))
 
     @app.post("/rate")
     async def rate(request: Request) -> Response:
-        ask = _Rating.model_validate_json(await _body(request))
+        ask = _Rating.model_validate_json(await body_of(request, _BODY))
         if ask.pair not in shown:
             raise ApiError(404, "there is no such pair here: reload the page", "pair")
         worth = _WORTH.get(ask.choice)
@@ -92,7 +90,7 @@ def rating(pairs: Sequence[Pair], ratings: Ratings, settings: Settings) -> ASGIA
 
     @app.post("/undo")
     async def undo(request: Request) -> Response:
-        ask = _Rater.model_validate_json(await _body(request))
+        ask = _Rater.model_validate_json(await body_of(request, _BODY))
         ratings.undo(ask.rater, shown)  # in the rater's order it is the next one again
         return JSONResponse(_view(shown, ratings, ask.rater))
 
@@ -121,19 +119,6 @@ def _view(shown: dict[str, Pair], ratings: Ratings, rater: str) -> dict[str, Any
     return {**counts, "pair": key, "turns": turns}
 
 
-async def _body(request: Request) -> bytes:
-    """Raises ApiError for what is too long, and for what does not say that it is JSON: a form of another page's cannot say so."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > _BODY:
-            raise ApiError(413, f"the body is over the limit of {_BODY} bytes", code="body_too_large")
-    return bytes(body)
-
-
 class RateServer(uvicorn.Server):
     """Serves the page until SIGINT or SIGTERM. `address` is what raters open; it carries a key where other machines can reach it.
 
@@ -145,15 +130,8 @@ class RateServer(uvicorn.Server):
         settings = Settings(model="", name="ratings", host=host, port=port, keys=keys)
         if settings.loopback:
             keys, settings = (), replace(settings, keys=())
-        try:
-            family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            self._socket = socket.create_server(where[:2], family=family)
-        except OSError as error:
-            raise GemmaryError(
-                f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --port"
-            ) from None
-        name, port = self._socket.getsockname()[:2]
-        self.address = f"http://{f'[{name}]' if ':' in name else name}:{port}/{f'#{keys[0]}' if keys else ''}"
+        self._socket, address = listening(host, port)
+        self.address = f"{address}/{f'#{keys[0]}' if keys else ''}"
         super().__init__(
             uvicorn.Config(
                 rating(pairs, ratings, settings), http=Connection, loop="asyncio", ws="none", lifespan="off", log_config=None,

@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 import threading
 from types import FrameType
 
@@ -14,7 +13,7 @@ import uvicorn
 
 from gemmary.errors import GemmaryError
 from gemmary.serve.app import Service, application
-from gemmary.serve.connection import Connection
+from gemmary.serve.connection import Connection, listening
 from gemmary.serve.guards import log
 from gemmary.serve.protocol import LIMITS
 from gemmary.serve.settings import Settings
@@ -37,9 +36,7 @@ class Server(uvicorn.Server):
         self.service = Service(settings)
         self._failure: GemmaryError | None = None
         self._closer: threading.Thread | None = None
-        self._socket = _listening(settings.host, settings.port)
-        host, port = self._socket.getsockname()[:2]
-        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._socket, self.address = listening(settings.host, settings.port)
         config = uvicorn.Config(
             application(self.service),
             http=Connection,
@@ -99,16 +96,6 @@ class Server(uvicorn.Server):
         log("closing", why=why, grace=self.service.settings.grace)
         self.service.close()
         self.should_exit = True
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket on this address."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        why = (error.strerror or str(error)).partition(" (while")[0]
-        raise GemmaryError(f"cannot listen on {host} port {port}: {why}; choose another with --port") from None
 
 
 def _allow_many_files() -> None:
