@@ -37,12 +37,13 @@ test-release: .venv/ready peers
 	$(BIN)/pip install --quiet --editable '.[ray,ray-serve]'
 	$(BIN)/pytest tests/release -m release --gemma1-tokenizer $(GEMMA1_TOKENIZER) --gemma3-tokenizer $(GEMMA3_TOKENIZER) --peers .venv-peers/bin/python $(if $(DATA),--data $(DATA))
 
-# transformers, PEFT, torch and llama.cpp, in an environment of their own (llama.cpp is compiled: about ten minutes).
+# transformers, PEFT, torch, lm-eval and llama.cpp, in an environment of their own (llama.cpp is compiled: about ten minutes).
 peers: .venv-peers/ready
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet 'torch==2.13.0'
 	.venv-peers/bin/pip install --quiet 'transformers>=5' peft accelerate gguf sentencepiece protobuf safetensors tokenizers
+	.venv-peers/bin/pip install --quiet 'lm_eval[hf,api]>=0.4.13'
 	.venv-peers/bin/pip install --quiet 'llama-cpp-python[server]'
 	touch $@
 

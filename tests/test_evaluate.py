@@ -335,3 +335,13 @@ def test_asked_is_in_the_order_of_questions(gemma: Gemma) -> None:
     asked = [Asked([2, 5], [7]), Asked([2, 4], [7])]
     lm = GemmaryLM(gemma)
     assert lm._scores(asked, True) == list(reversed(lm._scores(asked[::-1], True)))
+
+
+def test_lm_eval_knows_the_model_by_name(served: Path) -> None:
+    from lm_eval.api.registry import get_model
+
+    made = get_model("gemmary").create_from_arg_string(f"model={served},slots=2", {"batch_size": 1, "device": None})
+    assert isinstance(made, GemmaryLM)
+    assert made.prefix_token_id == made.gemma.tokenizer.bos
+    with pytest.raises(GemmaryError, match="the model has no argument 'slot'"):
+        GemmaryLM(str(served), slot=2)
