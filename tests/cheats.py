@@ -8,6 +8,7 @@ one that finds it passes. `@VICTIM@`, `@ANSWERS@`, `@HOME@` are files of the hos
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import tempfile
@@ -16,6 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
+
+import pytest
+
+from gemmary.errors import GemmaryError
+from gemmary.evaluate.sandbox import Limits, Sandbox
 
 TEST = "assert f(2) == 7919"
 
@@ -471,3 +477,13 @@ def attacked(folder: Path) -> Iterator[Host]:
         found = Host(folder, Path(home))
         yield found
         found.listener.close()
+
+
+def sandbox_of(limits: Limits) -> Sandbox:
+    """A sandbox; the test is skipped where there can be none, unless GEMMARY_REQUIRE_SANDBOX=1 makes that a failure."""
+    try:
+        return Sandbox(limits)
+    except GemmaryError as error:
+        if os.environ.get("GEMMARY_REQUIRE_SANDBOX") == "1":
+            raise
+        pytest.skip(str(error))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cheats
 import pytest
-from cheats import CALLS, CHEATS, Host, attacked
+from cheats import CALLS, CHEATS, Host, attacked, sandbox_of
 
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.programs import answering, parse_program
@@ -27,12 +27,7 @@ HONEST = ("def f(n): return 7917 + n", PROGRAM)
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    try:
-        return Sandbox(LIMITS)
-    except GemmaryError as error:
-        if os.environ.get("GEMMARY_REQUIRE_SANDBOX") == "1":
-            raise
-        pytest.skip(str(error))
+    return sandbox_of(LIMITS)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cheats import sandbox_of
 
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.code_eval import CodeEval, in_place_of_hub, pass_at_k
@@ -21,12 +21,7 @@ RIGHT, WRONG = "def f(n): return n + 1", "def f(n): return n"
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    try:
-        return Sandbox(Limits(seconds=3.0))
-    except GemmaryError as error:
-        if os.environ.get("GEMMARY_REQUIRE_SANDBOX") == "1":
-            raise
-        pytest.skip(str(error))
+    return sandbox_of(Limits(seconds=3.0))
 
 
 def test_pass_at_k_is_the_share_of_draws() -> None:

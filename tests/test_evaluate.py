@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cheats import sandbox_of
 from hub_files import mirror, write_data_set
 
 from gemmary import cli
@@ -21,7 +22,7 @@ from gemmary.evaluate.kept import Kept, content_of, model_digest
 from gemmary.evaluate.lm_eval import GemmaryLM
 from gemmary.evaluate.published import Figure
 from gemmary.evaluate.running import Settings, joint, known_tasks, run
-from gemmary.evaluate.sandbox import Sandbox
+from gemmary.evaluate.sandbox import Limits
 from gemmary.evaluate.several import majority
 from gemmary.evaluate.suites import Benchmark, named
 from gemmary.evaluation_results import chart
@@ -212,7 +213,7 @@ def test_edited_data_are_read_anew(gemma: Gemma, tasks: Any, tmp_path: Path) -> 
 def test_what_is_not_there_is_named(gemma: Gemma, tasks: Any, settings: Settings) -> None:
     with pytest.raises(Unavailable, match=r"lighteval/siqa is not there"):
         fetch(gemma, tasks, Benchmark("SIQA", "social_iqa", 0), settings)
-    with pytest.raises(Unavailable, match="there is no sandbox"), in_place_of_hub(Sandbox()):
+    with pytest.raises(Unavailable, match="there is no sandbox"), in_place_of_hub(sandbox_of(Limits())):
         fetch(gemma, tasks, Benchmark("HumanEval", "humaneval", 0, "pass@1", "create_test"), settings)
 
 
@@ -220,7 +221,7 @@ def test_programs_are_run_in_the_sandbox(gemma: Gemma, tasks: Any, settings: Set
     right = {f"plus{i}": f"    return n + {i}\n" for i in range(3)}
     said = iter([right["plus0"], "    return 0\n", right["plus1"], right["plus1"], "    return 0\n", "    return 0\n"])
     monkeypatch.setattr(GemmaryLM, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
-    with in_place_of_hub(Sandbox()) as code:
+    with in_place_of_hub(sandbox_of(Limits())) as code:
         one = Benchmark("HumanEval", "humaneval", 0, "pass@1", "create_test")
         several = Settings(settings.data, settings.cache, samples=2)
         found = run(GemmaryLM(gemma), tasks, one, several, code)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,14 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from browsers import chromium
 from injections import INJECTIONS
 from page_server import MODEL, PageServer, Reply, events
-
-if os.environ.get("GEMMARY_REQUIRE_BROWSER") != "1":
-    pytest.importorskip(
-        "playwright", reason="the page is tested through Playwright; GEMMARY_REQUIRE_BROWSER=1 requires it"
-    )
-from playwright.sync_api import Browser, Dialog, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Dialog, Locator, Page, Request, expect
 
 LONG = "A long line of an answer that goes on for a while.\n\n" * 40
 MIXED = ["Grüße, ", "世界", " 🙂👩‍👩‍👧 ", "e\u0301 ", "**fett** ", "`x`\n\n", "- один\n- два\n"]
@@ -29,16 +23,8 @@ MIXED = ["Grüße, ", "世界", " 🙂👩‍👩‍👧 ", "e\u0301 ", "**fett*
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser for the file, closed with it: Playwright's loop must not outlive these tests."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None and os.environ.get("GEMMARY_REQUIRE_BROWSER") != "1":
-        pytest.skip("there is no Chromium here; GEMMARY_REQUIRE_BROWSER=1 makes that a failure")
-    assert path, "these tests need Chromium"
-    expect.set_options(timeout=5000)
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @dataclass

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -16,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import chromium
 from injections import INJECTIONS
+from playwright.sync_api import Browser, Page, expect
 
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.pairs import Pair
@@ -24,12 +24,6 @@ from gemmary.evaluate.questions import Question
 from gemmary.evaluate.ratings import Ratings
 from gemmary.evaluate.speakers import Said
 from gemmary.serve.rate import RateServer
-
-if os.environ.get("GEMMARY_REQUIRE_BROWSER") != "1":
-    pytest.importorskip(
-        "playwright", reason="the page is tested through Playwright; GEMMARY_REQUIRE_BROWSER=1 requires it"
-    )
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 
 def pair(id: str, a: list[str], b: list[str], asked: list[str] | None = None) -> Pair:
@@ -94,15 +88,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None and os.environ.get("GEMMARY_REQUIRE_BROWSER") != "1":
-        pytest.skip("there is no Chromium here; GEMMARY_REQUIRE_BROWSER=1 makes that a failure")
-    assert path, "these tests need Chromium"
-    expect.set_options(timeout=5000)
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 class Visit:

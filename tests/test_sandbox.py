@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cheats
 import pytest
-from cheats import Host, attacked
+from cheats import Host, attacked, sandbox_of
 
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.assertions import same
@@ -28,16 +28,7 @@ HONEST = ("def f(n): return 7917 + n", [cheats.TEST])
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    return _sandbox(LIMITS)
-
-
-def _sandbox(limits: Limits) -> Sandbox:
-    try:
-        return Sandbox(limits)
-    except GemmaryError as error:
-        if os.environ.get("GEMMARY_REQUIRE_SANDBOX") == "1":
-            raise
-        pytest.skip(str(error))
+    return sandbox_of(LIMITS)
 
 
 @pytest.fixture(scope="module")
