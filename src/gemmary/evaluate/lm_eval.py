@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -37,7 +38,7 @@ _BOS, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKS = re.compile(f"([{_BOS}{_START}{_END}])")
 _LOST = "\ufffd"
 _CONTEXTS = 64  # whose ids are kept at hand: a question's answers share one, and come together
-_TOGETHER = 256  # answers that are written down at once
+_WRITE_SECONDS = 2.0  # so much of an evaluation is lost with a kill
 
 
 @register_model("gemmary")
@@ -219,8 +220,11 @@ class GemmaryLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         found: dict[int, Any] = {i: known[key] for i, key in enumerate(keys) if key in known}
         missing = [i for i in range(len(questions)) if i not in found]
         fresh: list[int] = []
+        written = time.monotonic()
 
         def write() -> None:
+            nonlocal written
+            written = time.monotonic()
             if self.kept:
                 self.kept.put((keys[i], found[i]) for i in fresh)
             fresh.clear()
@@ -233,7 +237,7 @@ class GemmaryLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 bar.update()
                 if self.on_progress is not None:
                     self.on_progress(len(found), len(questions))
-                if len(fresh) >= _TOGETHER:
+                if time.monotonic() - written > _WRITE_SECONDS:
                     write()
 
             try:
