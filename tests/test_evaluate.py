@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,8 +130,6 @@ def test_a_rolling_window_begins_with_bos(gemma: Gemma) -> None:
 
 
 def load_with_context(gemma: Gemma, context: int) -> Gemma:
-    import dataclasses
-
     config = gemma.config.replace(context=context)
     return dataclasses.replace(gemma, config=config, engine=dataclasses.replace(gemma.engine, config=config))
 
@@ -363,3 +362,27 @@ def test_lm_eval_knows_the_model_by_name(served: Path) -> None:
 )
 def test_short_answers_are_compared_as_by_their_authors(said: str, right: int) -> None:
     assert exact({"answer": {"aliases": ["St. Louis", "10,000", "a ha"]}}, [said]) == {"exact_match": right}
+
+
+def test_a_tuned_model_is_asked_in_turns(gemma: Gemma, tasks: Any, settings: Settings, monkeypatch: Any) -> None:
+    asked: list[Asked] = []
+    monkeypatch.setattr(
+        "gemmary.evaluate.lm_eval.score", lambda engine, some: asked.extend(some) or score(engine, some)
+    )
+    found = fetch(gemma, tasks, Benchmark("PIQA", "piqa", 1), dataclasses.replace(settings, chat=True, limit=2))
+    assert found.questions == 2
+    start, end = gemma.tokenizer.start_of_turn, gemma.tokenizer.end_of_turn
+    for one in asked:
+        turns = [id for id in one.context if id in (start, end)]
+        assert list(one.context[:2]) == [2, start]
+        assert turns == [
+            start,
+            end,
+            start,
+            end,
+            start,
+            end,
+            start,
+        ]  # an example, its answer, the question, the answer's turn
+        assert list(one.context).count(2) == 1
+        assert not {start, end} & set(one.continuation)
