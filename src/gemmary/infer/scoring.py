@@ -25,7 +25,7 @@ from gemmary.params import Params
 
 __all__ = ["Asked", "Scored", "score"]
 
-_LEAST, _MOST = 256, 8192
+_LEAST, _MOST = 256, 4096
 """The shortest row, and the longest that is not as long for one text alone."""
 _TEXTS = 8
 """A row has room for so many of the longest texts."""
