@@ -386,3 +386,16 @@ def test_a_tuned_model_is_asked_in_turns(gemma: Gemma, tasks: Any, settings: Set
         ]  # an example, its answer, the question, the answer's turn
         assert list(one.context).count(2) == 1
         assert not {start, end} & set(one.continuation)
+
+
+def test_questions_may_be_spread_over_a_task(gemma: Gemma, tasks: Any, settings: Settings) -> None:
+    one = Benchmark("PIQA", "piqa", 0)
+    first = fetch(gemma, tasks, one, dataclasses.replace(settings, limit=4))
+    assert [record["id"] for record in first.records] == [0, 1, 2, 3]
+    spread = fetch(gemma, tasks, one, dataclasses.replace(settings, limit=4, spread=True))
+    assert [record["id"] for record in spread.records] == [0, 3, 7, 11]
+    assert [record["doc"]["goal"] for record in spread.records] == [
+        f"to make it {word}" for word in ("red", "round", "cold", "open")
+    ]
+    every = fetch(gemma, tasks, one, dataclasses.replace(settings, limit=40, spread=True))
+    assert [record["id"] for record in every.records] == list(range(15))

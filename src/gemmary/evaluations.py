@@ -34,7 +34,8 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 Suites = Annotated[list[str] | None, typer.Option(help="gemma, leaderboard or safety; may be repeated.")]
 Tasks = Annotated[str | None, typer.Option(metavar="TASK,…", help="lm-eval's tasks, each as TASK or TASK@SHOTS.")]
 Data = Annotated[Path | None, typer.Option(help="A folder that mirrors the hub's data sets: <org>/<name> below it.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task at most.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task at most: the first ones.")]
+Spread = Annotated[bool, typer.Option("--spread", help="With --limit, questions evenly from the whole task.")]
 Out = Annotated[Path | None, typer.Option(help="A folder for the results and the model's answers.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask in turns, as an instruction-tuned model is.")]
@@ -54,6 +55,7 @@ def add_evaluate(app: typer.Typer, load: Callable[..., Gemma], progress: Progres
         tasks: Tasks = None,
         data_dir: Data = None,
         limit: Limit = None,
+        spread: Spread = False,
         out: Out = None,
         resume: Resume = False,
         chat: Chat = False,
@@ -75,7 +77,7 @@ def add_evaluate(app: typer.Typer, load: Callable[..., Gemma], progress: Progres
         suites, named = suite or ([] if tasks else ["gemma"]), tasks.split(",") if tasks else []
         asked: dict[str, Any] = {
             "model": model, "suites": suites, "tasks": named, "data_dir": str(data_dir) if data_dir else None,
-            "limit": limit, "chat": chat, "samples": samples, "temperature": temperature, "dtype": dtype,
+            "limit": limit, "spread": spread, "chat": chat, "samples": samples, "temperature": temperature, "dtype": dtype,
         }  # fmt: skip
         with _quiet(network=hub):
             e = _examination()
@@ -86,7 +88,7 @@ def add_evaluate(app: typer.Typer, load: Callable[..., Gemma], progress: Progres
             some = e.wanted(suites, named, known.all_tasks, card)
             if out is not None:
                 e.begin(out, asked, resume=resume)
-            settings = e.Settings(data_dir, _cache(), limit, chat, samples, temperature)
+            settings = e.Settings(data_dir, _cache(), limit, chat, samples, temperature, spread)
             lines: list[dict[str, Any]] = []
             with e.sandboxed(allow_unsandboxed) as code:
                 for line in e.examine(e.GemmaryLM(gemma), known, some, settings, code, card, out, progress):

@@ -46,8 +46,8 @@ class Unjudged(GemmaryError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked for, beside the benchmark. `limit` is per task (of a group each); `samples` answers are drawn of each question at
-    `temperature` where it is more than one: for code pass@k, for GSM8K the answer most often given."""
+    """What a run is asked for, beside the benchmark. `limit` is per task (of a group each): the first ones, or `spread` evenly; `samples` answers are
+    drawn of each question at `temperature` where it is more than one: for code pass@k, for GSM8K the answer most often given."""
 
     data: Path | None
     cache: Path
@@ -55,6 +55,7 @@ class Settings:
     chat: bool = False
     samples: int = 1
     temperature: float = 0.8
+    spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ def run(lm: GemmaryLM, tasks: Tasks, one: Benchmark, settings: Settings, code: C
         loaded = _loaded(tasks, one)
         judged_by = _judged_by(loaded["tasks"].values(), code)
         shots = _prepare(loaded["tasks"], one, settings)
+        some = _spread(loaded["tasks"], settings)
         found = evaluate(
-            lm, loaded, limit=settings.limit, bootstrap_iters=0, log_samples=True, apply_chat_template=settings.chat,
+            lm, loaded, limit=None if some else settings.limit, samples=some, bootstrap_iters=0, log_samples=True, apply_chat_template=settings.chat,
             fewshot_as_multiturn=settings.chat, confirm_run_unsafe_code=True,
         )  # fmt: skip
     metric, records = _records(one, found["samples"])
@@ -120,6 +122,14 @@ def run(lm: GemmaryLM, tasks: Tasks, one: Benchmark, settings: Settings, code: C
         one.name, one.task, shots, one.shots, metric, value, bounds, len(values), counts, time.perf_counter() - started,
         "/".join(sorted(versions)), judged_by, others, one.note, records,
     )  # fmt: skip
+
+
+def _spread(tasks: Mapping[str, ConfigurableTask], settings: Settings) -> dict[str, list[int]] | None:
+    """Which questions are asked, where not the first: many data sets are in an order that matters."""
+    if not settings.spread or settings.limit is None:
+        return None
+    counts = {name: (len(task.eval_docs), min(settings.limit, len(task.eval_docs))) for name, task in tasks.items()}
+    return {name: [i * count // some for i in range(some)] for name, (count, some) in counts.items()}
 
 
 def _loaded(tasks: Tasks, one: Benchmark) -> Any:
