@@ -16,12 +16,13 @@ def summary(model: str, card: Any, lines: Sequence[Mapping[str, Any]]) -> dict[s
     beside = None if card is None else {"model": card.name, "source": card.source}
     suites: dict[str, Any] = {}
     for line in lines:
-        if line["suite"] and "value" in line:
+        if line["suite"] in _AVERAGED and "value" in line:
             suites.setdefault(line["suite"], []).append(line["value"])
     means = {name: {"benchmarks": len(values), "mean": sum(values) / len(values)} for name, values in suites.items()}
     return {"model": model, "published": beside, "suites": means, "benchmarks": list(lines)}
 
 
+_AVERAGED = ("gemma", "leaderboard")  # safety has both kinds, where more is better and where less is
 COLUMNS = ["suite", "benchmark", "shots", "questions", "ours", "published", "reproduced", "time"]
 
 
@@ -51,6 +52,7 @@ def table(found: Mapping[str, Any]) -> Table:
     out = Table(*COLUMNS, title=escape(title))
     for row in rows(found):
         out.add_row(*map(escape, row))
+    out.columns[4].overflow = "fold"  # a path that is not there is shown whole
     for column in out.columns[2:4] + out.columns[7:]:
         column.justify = "right"
     return out
