@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--peers", type=Path, required=True, help="a Python that has lm_eval[hf] and torch")
     parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=4, help="of the hf model: with 16 the logits of BoolQ alone take over 24 GB")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="of the hf model: with 16 the logits of BoolQ alone take over 24 GB"
+    )
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()

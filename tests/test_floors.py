@@ -62,7 +62,7 @@ ROOMS = {
         "sft", "reward", "rollouts", "rewards", "watching", "rlhf", "dpo",
     ],
     "evaluate": ["harness", "isolation", "assertions", "calling", "programs", "sandbox", "code_eval", "tasks", "drawing", "memorization",
-        "published", "suites", "kept", "data_sets", "toxicity", "short_answers", "answering", "lm_eval", "several", "running", "held_out", "examination",
+        "published", "suites", "kept", "data_sets", "toxicity", "answering", "lm_eval", "several", "running", "held_out", "examination",
         "questions", "speakers", "side_by_side", "judge", "pairs", "ratings",
     ],
     "serve": [
