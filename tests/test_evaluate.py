@@ -378,7 +378,7 @@ def test_questions_may_be_spread_over_a_task(gemma: Gemma, tasks: Any, settings:
     spread = fetch(gemma, tasks, one, dataclasses.replace(settings, limit=4, spread=True))
     assert [record["id"] for record in spread.records] == [0, 3, 7, 11]
     assert [record["doc"]["goal"] for record in spread.records] == [
-        f"to make it {word}" for word in ("red", "round", "cold", "open")
+        f"to make it {word}" for word in ("red", "round", "warm", "open")
     ]
     every = fetch(gemma, tasks, one, dataclasses.replace(settings, limit=40, spread=True))
     assert [record["id"] for record in every.records] == list(range(15))

@@ -27,6 +27,7 @@ from gemmary.chat import converse
 from gemmary.checkpoints import FORMATS, convert, open_model, quantize_model
 from gemmary.comparison import add_compare
 from gemmary.errors import GemmaryError
+from gemmary.evaluate.data_sets import quiet as hushed
 from gemmary.evaluations import add_evaluate
 from gemmary.gemma import Gemma, load
 from gemmary.infer.sampling import Sampling
@@ -178,17 +179,18 @@ def _lived(verb: str, what: str) -> None:
     def run(
         recipe: RecipeFile, sets: Sets = None, out: Out = None, as_json: Json = False, quiet: Quiet = False
     ) -> None:
-        from gemmary.recipe import load_recipe
-        from gemmary.report import report
-        from gemmary.watch import Watch, summary
-        from gemmary.whole import STAGES, Whole
+        with hushed(network=True):
+            from gemmary.recipe import load_recipe
+            from gemmary.report import report
+            from gemmary.watch import Watch, summary
+            from gemmary.whole import STAGES, Whole
 
-        _keep_compiled()
-        settings = load_recipe(recipe, sets or [])
-        folder = out or Path("out") / recipe.stem
-        with Watch(_err, quiet=quiet) as watch:
-            life = Whole(settings, folder, say=watch.say, progress=watch.progress, report=watch.report)
-            record = life.whole() if verb == "run" else STAGES[verb](life)
+            _keep_compiled()
+            settings = load_recipe(recipe, sets or [])
+            folder = out or Path("out") / recipe.stem
+            with Watch(_err, quiet=quiet) as watch:
+                life = Whole(settings, folder, say=watch.say, progress=watch.progress, report=watch.report)
+                record = life.whole() if verb == "run" else STAGES[verb](life)
         life.sign(["gemmary", *sys.argv[1:]], recipe)
         if verb == "run":
             report(folder)

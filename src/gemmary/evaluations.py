@@ -9,11 +9,9 @@ OUT/evaluation.json        all figures, without records; and evaluation.svg, the
 from __future__ import annotations
 
 import json
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +20,7 @@ from rich.console import Console
 
 from gemmary.checkpoints.checkpoint import write_whole
 from gemmary.errors import GemmaryError
+from gemmary.evaluate.data_sets import quiet
 from gemmary.evaluation_results import chart, summary, table
 from gemmary.gemma import Gemma
 
@@ -79,7 +78,7 @@ def add_evaluate(app: typer.Typer, load: Callable[..., Gemma], progress: Progres
             "model": model, "suites": suites, "tasks": named, "data_dir": str(data_dir) if data_dir else None,
             "limit": limit, "spread": spread, "chat": chat, "samples": samples, "temperature": temperature, "dtype": dtype,
         }  # fmt: skip
-        with _quiet(network=hub):
+        with quiet(network=hub):
             e = _examination()
             known = e.known_tasks()
             e.wanted(suites, named, known.all_tasks, None)  # a wrong name need not wait for the weights
@@ -124,19 +123,3 @@ def _cache() -> Path:
     """Where data sets are kept in the form that they are read in."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "gemmary" / "data_sets"
-
-
-@contextmanager
-def _quiet(*, network: bool) -> Iterator[None]:
-    """lm-eval and what it brings say nothing but errors, draw no bars of their own, and keep to this machine."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
-    if not network:
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
-            os.environ[name] = "1"  # else a data set that is not there is looked for for half a minute
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in ("lm_eval", "lm-eval", "datasets"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        yield

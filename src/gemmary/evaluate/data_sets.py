@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.kept import content_of
 
-__all__ = ["Unavailable", "mirrored"]
+__all__ = ["Unavailable", "mirrored", "quiet"]
 
 
 class Unavailable(GemmaryError):
@@ -54,3 +57,22 @@ def _loaded(plain: Callable[..., Any], path: str, name: str | None, options: dic
         raise Unavailable(f"{path} cannot be had: {error}") from None
     except ValueError as error:  # there is no such configuration
         raise Unavailable(f"{path}{f', {name}' if name else ''}: {error}") from None
+
+
+@contextmanager
+def quiet(*, network: bool) -> Iterator[None]:
+    """lm-eval and what it brings say nothing but errors, draw no bars of their own, and without `network` keep to this machine.
+
+    To be entered before they are imported.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    if not network:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+            os.environ[name] = "1"  # else a data set that is not there is looked for for half a minute
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("lm_eval", "lm-eval", "datasets"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
