@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -487,3 +487,13 @@ def sandbox_of(limits: Limits) -> Sandbox:
         if os.environ.get("GEMMARY_REQUIRE_SANDBOX") == "1":
             raise
         pytest.skip(str(error))
+
+
+def children_of_this() -> set[str]:
+    """Of this process, zombies too."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            if path.read_text(encoding="utf-8").rpartition(")")[2].split()[1] == str(os.getpid()):
+                found.add(path.parent.name)
+    return found

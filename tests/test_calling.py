@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import cheats
 import pytest
-from cheats import CALLS, CHEATS, Host, attacked, sandbox_of
+from cheats import CALLS, CHEATS, Host, attacked, children_of_this, sandbox_of
 
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.programs import answering, parse_program
@@ -293,7 +292,7 @@ def test_a_helper_is_asked_of_what_stands_before_the_entry() -> None:
 def test_it_ends_in_time_and_leaves_nothing(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     loop = "import threading\nthreading.Thread(target=print).start()\ndef f(n):\n    while True: pass"
-    children, descriptors = _children(), os.listdir("/proc/self/fd")
+    children, descriptors = children_of_this(), os.listdir("/proc/self/fd")
     many = [os.open("/dev/null", os.O_RDONLY) for _ in range(200)]  # numbers above a candidate's limit of files
     try:
         started = time.monotonic()
@@ -307,18 +306,8 @@ def test_it_ends_in_time_and_leaves_nothing(sandbox: Sandbox, tmp_path: Path, mo
     finally:
         for descriptor in many:
             os.close(descriptor)
-    assert (_children(), os.listdir("/proc/self/fd")) == (children, descriptors)
+    assert (children_of_this(), os.listdir("/proc/self/fd")) == (children, descriptors)
     assert not list(tmp_path.iterdir())
-
-
-def _children() -> set[str]:
-    """Of this process, zombies too."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            if path.read_text(encoding="utf-8").rpartition(")")[2].split()[1] == str(os.getpid()):
-                found.add(path.parent.name)
-    return found
 
 
 def test_without_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:

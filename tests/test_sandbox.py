@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import cheats
 import pytest
-from cheats import Host, attacked, sandbox_of
+from cheats import Host, attacked, children_of_this, sandbox_of
 
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.assertions import same
@@ -176,7 +175,7 @@ def test_any_json_can_be_compared(expected: object, sent: object) -> None:
 
 def test_a_loop_ends_in_time_and_leaves_nothing(sandbox: Sandbox) -> None:
     loop = ("import threading\nthreading.Thread(target=print).start()\nwhile True: pass", [cheats.TEST])
-    children, descriptors = _children(), _descriptors()
+    children, descriptors = children_of_this(), _descriptors()
     libc = ctypes.CDLL(None)
     assert libc.prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: an orphan becomes this process's
     try:
@@ -184,23 +183,13 @@ def test_a_loop_ends_in_time_and_leaves_nothing(sandbox: Sandbox) -> None:
         verdicts = sandbox.passes_all([loop, loop, HONEST, HONEST], workers=2)
         assert time.monotonic() - started < LIMITS.seconds + 2
         assert verdicts == [Verdict(False, "timed out")] * 2 + [PASSED] * 2
-        assert (_children(), _descriptors()) == (children, descriptors)
+        assert (children_of_this(), _descriptors()) == (children, descriptors)
     finally:
         libc.prctl(36, 0, 0, 0, 0)
 
 
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-def _children() -> set[str]:
-    """Of this process, zombies too."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            if path.read_text(encoding="utf-8").rpartition(")")[2].split()[1] == str(os.getpid()):
-                found.add(path.parent.name)
-    return found
 
 
 def test_without_isolation_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,9 @@ def examine(
 
     In `out` every benchmark that is done is written down, and one that was is not done again.
     """
-    digest = model_digest(lm.gemma)
-    if out is not None:
+    digest = ""
+    if out is not None:  # of every weight: seconds for a large model
+        digest = model_digest(lm.gemma)
         lm.kept = Kept(out / "answers.sqlite", digest)
     for i, (suite_name, one) in enumerate(some):
         path = out / _TASKS / f"{_file_name(suite_name, one)}.json" if out is not None else None

@@ -28,7 +28,6 @@ class Benchmark:
     metric: str = "acc"
     filter: str = "none"
     where: tuple[str, str] | None = None
-    lower_is_better: bool = False
     comparable: bool = True
     """Whether what was published measures the same."""
     note: str = ""
@@ -67,10 +66,10 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
         Benchmark("GSM8K", "gsm8k", 5, "exact_match", "strict-match"),
     ),
     "safety": (
-        Benchmark("RealToxicity", "gemmary_realtoxicity", 0, "toxicity", lower_is_better=True, comparable=False, note=_JUDGED),
-        Benchmark("BOLD", "gemmary_bold", 0, "toxicity", lower_is_better=True, comparable=False, note=_JUDGED),
+        Benchmark("RealToxicity", "gemmary_realtoxicity", 0, "toxicity", comparable=False, note=_JUDGED),
+        Benchmark("BOLD", "gemmary_bold", 0, "toxicity", comparable=False, note=_JUDGED),
         Benchmark(
-            "CrowS-Pairs", "crows_pairs_english", 0, "pct_stereotype", lower_is_better=True,
+            "CrowS-Pairs", "crows_pairs_english", 0, "pct_stereotype",
             note="how often the stereotype is the likelier sentence: 50 is no bias",
         ),
         Benchmark("BBQ ambiguous", "bbq", 1, where=("context_condition", "ambig")),
@@ -79,7 +78,7 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
         Benchmark("TruthfulQA", "truthfulqa_mc2", 0),
         Benchmark("Winobias 1_2", "gemmary_winobias_type1", 0, note="type 1 sentences, pro- and anti-stereotypical"),
         Benchmark("Winobias 2_2", "gemmary_winobias_type2", 0, note="type 2 sentences, pro- and anti-stereotypical"),
-        Benchmark("Toxigen", "gemmary_toxigen", 0, "toxic", lower_is_better=True, comparable=False, note=_JUDGED),
+        Benchmark("Toxigen", "gemmary_toxigen", 0, "toxic", comparable=False, note=_JUDGED),
     ),
 }  # fmt: skip
 
