@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from browsers import chromium
 from injections import INJECTIONS
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Response, expect
 
 from gemmary.errors import GemmaryError
 from gemmary.evaluate.pairs import Pair
@@ -96,7 +96,7 @@ class Visit:
     """A rater's browser; `leave` checks that nothing forbidden has happened."""
 
     def __init__(self, browser: Browser, site: Site, **options: Any) -> None:
-        self.site, self.troubles, self.seen = site, list[str](), list[str]()
+        self.site, self.troubles, self.answers = site, list[str](), list[Response]()
         self.context = browser.new_context(**options)
         self.context.set_default_timeout(5000)
         self.page = self.context.new_page()
@@ -109,7 +109,7 @@ class Visit:
         self.page.on(
             "request", lambda asked: asked.url.startswith(site.url) or self.troubles.append(f"request: {asked.url}")
         )
-        self.page.on("response", lambda answer: self.seen.append(f"{answer.all_headers()} {answer.text()}"))
+        self.page.on("response", lambda answer: self.answers.append(answer))
         self.page.goto(site.url)
 
     def begin(self, name: str) -> None:
@@ -274,11 +274,12 @@ def test_nothing_says_whose_answer_it_is(visit: Visit) -> None:
         visit.done(count)
     visit.page.keyboard.press("u")
     visit.done(3)
-    sent = "\n".join(visit.seen) + visit.page.content()
+    seen = [f"{answer.all_headers()} {answer.text()}" for answer in visit.answers]
+    sent = "\n".join(seen) + visit.page.content()
     assert "The A answer" in sent  # the texts are there; ids, categories and names are not
     for word in ("secret", "writing", "category"):
         assert word not in sent
-    views = [json.loads(text[text.index('{"done"') :]) for text in visit.seen if '{"done"' in text]
+    views = [json.loads(text[text.index('{"done"') :]) for text in seen if '{"done"' in text]
     assert len(views) == 6
     assert all(set(view) <= {"done", "total", "pair", "turns"} for view in views)
     assert all(set(turn) == {"asked", "first", "second"} for view in views for turn in view.get("turns", ()))

@@ -223,6 +223,17 @@ def test_stop_strings_are_never_shown(server: Server, stop: Any) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
 
+def test_forms_and_stop_strings_beside_one_another(server: Server) -> None:
+    """An answer ends at its stop string while the batcher still asks its grammar for more."""
+
+    def ask(_: int) -> set[str]:
+        streams = [forced(server, stop="w", stream=True) for _ in range(25)]
+        return {"".join(chunk.choices[0].delta.content or "" for chunk in stream) for stream in streams}
+
+    with ThreadPoolExecutor(3) as pool:
+        assert set().union(*pool.map(ask, range(3))) == {"hello "}
+
+
 def test_what_only_looked_like_a_stop_string_is_shown(server: Server) -> None:
     answer = forced(server, stop=[FORCED + "!", "world, or"])
     assert answer.choices[0].message.content == FORCED

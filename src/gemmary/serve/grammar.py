@@ -23,15 +23,14 @@ _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_sepa
 
 
 class Matcher:
-    """One answer's place in its grammar; what the batcher asks of a grammar."""
+    """One answer's place in its grammar; what the batcher asks of a grammar.
+
+    llguidance's own object is the batcher's thread's alone: it refuses a second thread, even one that would only read. `failure`
+    is why the form could not be followed to its end, empty where it could; any thread may read it.
+    """
 
     def __init__(self, matcher: Any, words: int) -> None:
-        self._matcher, self._words = matcher, words
-
-    @property
-    def failure(self) -> str:
-        """Why the form could not be followed to its end; empty where it could."""
-        return str(self._matcher.get_error())
+        self._matcher, self._words, self.failure = matcher, words, ""
 
     def copy(self) -> Matcher:
         """Another answer's, at the same place."""
@@ -40,6 +39,7 @@ class Matcher:
     def mask(self) -> np.ndarray:
         """What may come next: one bit a token id, uint32. After a failure only an end may: other answers go on beside it."""
         allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        self._note_failure()
         whole = np.zeros(self._words, np.uint32)
         whole[: len(allowed)] = allowed[: self._words]
         return whole
@@ -47,10 +47,15 @@ class Matcher:
     def accept(self, token_id: int) -> None:
         """Go on past this token."""
         self._matcher.consume_token(token_id)
+        self._note_failure()
 
     def done(self) -> bool:
         """Nothing but an end may come."""
         return bool(self._matcher.is_stopped())
+
+    def _note_failure(self) -> None:
+        if self._matcher.is_error():
+            self.failure = str(self._matcher.get_error())
 
 
 class Grammars:
