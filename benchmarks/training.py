@@ -34,7 +34,7 @@ from gemmary.data.packing import Batch
 from gemmary.params import init, layered_names, unstack
 from gemmary.presets import nano
 from gemmary.text.training import TokenizerSettings, train_tokenizer
-from gemmary.train.losses import Head, chunk_size
+from gemmary.train.head import Head, chunk_size
 from gemmary.train.memory import compile_lean
 from gemmary.train.objectives import language_loss
 from gemmary.train.optimizer import OptimizerSettings, optimizer

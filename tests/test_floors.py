@@ -14,12 +14,13 @@ SOURCE = Path(gemmary.__file__).parent
 # From the ground up; a room's own files are ordered below.
 FLOORS = [
     ["errors"],
-    ["config", "presets"],
-    ["mesh", "params", "kernels", "weights", "quantization", "adapters"],
+    ["config", "presets", "hardware"],
+    ["mesh", "spread", "params", "kernels", "weights", "quantization", "adapters"],
     ["model", "text"],
     ["checkpoints", "data"],
     ["infer"],
     ["train"],
+    ["plan"],
     ["gemma", "inspect", "chat"],
     ["evaluate"],
     ["serve"],
@@ -44,7 +45,7 @@ FLOORS = [
     ["cli"],
 ]
 ROOMS = {
-    "kernels": ["library", "attention", "choice", "products"],
+    "kernels": ["library", "flash", "attention", "choice", "products"],
     "model": ["rope", "attention", "cache", "pages", "transformer"],
     "text": ["vocabulary", "writers", "tokenizer", "answers", "dialogue", "training"],
     "checkpoints": [
@@ -58,9 +59,11 @@ ROOMS = {
     ],
     "infer": ["sampling", "session", "engine", "scoring", "speculation", "memory", "steps", "drafting", "waiting", "batching"],
     "train": [
-        "memory", "flops", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "loop", "run", "pretrain", "finetune",
+        "memory", "flops", "head", "sharded_loss", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "goodput", "pace",
+        "watchdog", "traces", "endurance", "loop", "run", "pretrain", "finetune",
         "sft", "reward", "rollouts", "rewards", "watching", "rlhf", "dpo",
     ],
+    "plan": ["program_text", "program_loops", "program", "program_memory", "program_costs", "program_groups", "program_collectives"],
     "evaluate": ["harness", "isolation", "assertions", "calling", "programs", "sandbox", "code_eval", "tasks", "drawing", "memorization",
         "published", "suites", "kept", "data_sets", "toxicity", "answering", "lm_eval", "several", "running", "held_out", "examination",
         "questions", "speakers", "side_by_side", "judge", "pairs", "ratings",
@@ -79,6 +82,7 @@ GATHERING = {
     "gemmary.infer",
     "gemmary.data",
     "gemmary.train",
+    "gemmary.plan",
     "gemmary.evaluate",
     "gemmary.serve",
 }

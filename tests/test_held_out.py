@@ -11,8 +11,8 @@ import pytest
 from gemmary.data.packing import Batch
 from gemmary.params import init, unstack
 from gemmary.presets import nano
+from gemmary.train.head import Head
 from gemmary.train.held_out import bits_per_byte, xz_bits_per_byte
-from gemmary.train.losses import Head
 
 
 def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary() -> None:

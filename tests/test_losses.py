@@ -11,7 +11,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from gemmary.quantization import quantize_weight
-from gemmary.train.losses import Head, chunk_size, next_token_loss, token_log_probs
+from gemmary.train.head import Head, chunk_size
+from gemmary.train.losses import next_token_loss, token_log_probs
 from gemmary.weights import Int8, dequantize
 
 B, T, D, V = 3, 13, 8, 29

@@ -16,7 +16,7 @@ from gemmary.data.turns import PackedPairs, PairBatch, lay_out, pack
 from gemmary.model.transformer import forward, hidden
 from gemmary.params import Params, init, unstack
 from gemmary.presets import nano
-from gemmary.train.losses import Head
+from gemmary.train.head import Head
 from gemmary.train.objectives import dpo_loss, policy_loss, preference_loss, scores, sequence_log_probs
 from gemmary.train.rollouts import Prompt, Rollout, as_batch
 from gemmary.train.step import Sums

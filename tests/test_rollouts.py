@@ -15,7 +15,8 @@ from gemmary.data.packing import Batch
 from gemmary.model.attention import Marks
 from gemmary.model.transformer import hidden
 from gemmary.params import Params, init, unstack
-from gemmary.train.losses import Head, token_log_probs
+from gemmary.train.head import Head
+from gemmary.train.losses import token_log_probs
 from gemmary.train.rollouts import Prompt, Rollout, as_batch, repetition, roll, seeds
 
 LONG = config().replace(context=160)

@@ -23,7 +23,7 @@ from gemmary.model.transformer import forward
 from gemmary.params import Params
 from gemmary.quantization import quantize
 from gemmary.train.finetune import LoraSettings, TuneSettings, learner
-from gemmary.train.losses import Head
+from gemmary.train.head import Head
 from gemmary.train.objectives import language_loss
 from gemmary.train.run import Ended
 from gemmary.train.saving import AdapterFiles

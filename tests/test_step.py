@@ -16,7 +16,7 @@ from gemmary.model.transformer import forward
 from gemmary.params import Params, init, shardings, unstack
 from gemmary.presets import nano
 from gemmary.quantization import quantize
-from gemmary.train.losses import Head
+from gemmary.train.head import Head
 from gemmary.train.objectives import language_loss
 from gemmary.train.optimizer import OptimizerSettings, optimizer
 from gemmary.train.step import TrainState, init_state, make_step

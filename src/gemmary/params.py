@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gemmary.config import Config
-from gemmary.mesh import storage_sharding
+from gemmary.mesh import replicated, storage_sharding
 
 __all__ = [
     "TABLE",
@@ -28,6 +28,7 @@ __all__ = [
     "init",
     "is_stacked",
     "layered_names",
+    "placement",
     "shape_of",
     "shardings",
     "stack",
@@ -141,6 +142,21 @@ def abstract(config: Config, dtype: Any = jnp.float32, mesh: Mesh | AbstractMesh
 def shardings(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """How each stacked parameter is stored on the mesh."""
     return {name: storage_sharding(spec.axes, shape_of(config, spec), mesh) for name, spec in table(config).items()}
+
+
+def placement(params: Params, mesh: Mesh | AbstractMesh) -> Params:
+    """How each weight of these parameters is stored on the mesh, stacked or not; what a leaf type adds is on every device."""
+
+    def one(name: str, weight: Any) -> Any:
+        axes = TABLE[name].axes
+        if not hasattr(weight, "ndim"):
+            return jax.tree.map(lambda _: replicated(mesh), weight)
+        return storage_sharding(axes if weight.ndim == len(axes) else axes[1:], weight.shape, mesh)
+
+    return {
+        name: tuple(one(name, w) for w in weight) if isinstance(weight, tuple) else one(name, weight)
+        for name, weight in params.items()
+    }
 
 
 def init(config: Config, key: jax.Array, dtype: Any = jnp.float32) -> Params:

@@ -21,7 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemmary import kernels
+from gemmary.mesh import platform
 from gemmary.params import TABLE, Params, Spec
+from gemmary.spread import axes_in_use, gathered, look_up, spread
 
 __all__ = [
     "INT4_GROUP",
@@ -169,14 +171,14 @@ def _sides(equation: str, x: Array, shape: tuple[int, ...]) -> _Sides:
 
 def _compute_dtype(x: Array) -> Any:
     """What a product is made in: on a CPU XLA multiplies bf16 in scalar loops, so it is widened first."""
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16 else x.dtype
+    return jnp.dtype(jnp.float32) if platform() == "cpu" and x.dtype == jnp.bfloat16 else x.dtype
 
 
 def _served(x: Array, equation: str, w: Weight) -> bool:
     """Whether `_in_kernel` takes it."""
     if isinstance(w, Blocks):
         return True
-    if isinstance(w, (LoRA, Int8, Int4)):
+    if isinstance(w, (LoRA, Int8, Int4)) or axes_in_use():  # foreign code cannot be split
         return False
     rows = math.prod(_sides(equation, x, w.shape).rows)
     return kernels.serves_rows(rows, w.dtype) and _compute_dtype(x) == jnp.float32
@@ -206,15 +208,18 @@ def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Arr
     """
     if _served(x, equation, w):
         return _in_kernel([equation], x, [w])[0].astype(dtype)
-    rows, size, kept, leads = _sides(equation, x, w.shape)
     compute = _compute_dtype(x)
-    x, w = x.reshape(-1, size).astype(compute), w.reshape((size, -1) if leads else (-1, size))
-    w, wide = w.astype(compute), jnp.promote_types(dtype, compute)
+    x_axes, w_axes = equation.split("->")[0].split(",")
+    # Where a mesh is in use: whole rows, and the weight together along what is stored apart (narrowed first: less to move).
+    x, w = spread(x.astype(compute), x_axes, whole_rows=True), gathered(jnp.asarray(w).astype(compute), w_axes)
+    rows, size, kept, leads = _sides(equation, x, w.shape)
+    x, w = x.reshape(-1, size), w.reshape((size, -1) if leads else (-1, size))
+    wide = jnp.promote_types(dtype, compute)
     product = _one_row(x, w, leads, wide) if len(x) == 1 else None
     if product is None:
         axes = (((1,), (0 if leads else 1,)), ((), ()))
         product = jax.lax.dot_general(x, w, axes, preferred_element_type=wide)
-    return product.reshape(*rows, *kept).astype(dtype)
+    return spread(product.reshape(*rows, *kept).astype(dtype), equation.split("->")[1])
 
 
 def _one_row(x: Array, w: Array | np.ndarray, leads: bool, dtype: Any) -> Array | None:
@@ -224,7 +229,7 @@ def _one_row(x: Array, w: Array | np.ndarray, leads: bool, dtype: Any) -> Array 
     matrix is cut along its first axis (no byte moves): into outputs that stand one after the other, or into sums to add.
     """
     parts = math.gcd(os.cpu_count() or 1, w.shape[0])
-    if jax.default_backend() != "cpu" or parts == 1:
+    if platform() != "cpu" or parts == 1:
         return None
     w = w.reshape(parts, -1, w.shape[1])
     x = x.reshape(parts, 1, -1) if leads else jnp.broadcast_to(x, (parts, *x.shape))
@@ -244,6 +249,8 @@ def lookup(ids: Int[Array, ...], w: Weight, dtype: Any) -> Float[Array, "... D"]
         return dequantize(Int4(w.packed[ids], w.scale[ids], w.axis), dtype)
     if isinstance(w, Blocks):
         return kernels.lookup(ids, jnp.asarray(w.data), w.kind, w.shape[-1]).astype(dtype)
+    if axes_in_use() and ids.ndim == 2:
+        return spread(look_up(ids, jnp.asarray(w), dtype), "btd")
     return jnp.asarray(w)[ids].astype(dtype)
 
 

@@ -14,6 +14,7 @@ from gemmary.kernels.attention import (
     serves_cached,
 )
 from gemmary.kernels.choice import choose, serves_choice
+from gemmary.kernels.flash import flash_attention, serves_flash
 from gemmary.kernels.library import instructions
 from gemmary.kernels.products import BLOCKS, Factor, lookup, products, row_bytes, serves_blocks, serves_rows
 
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "choose",
+    "flash_attention",
     "instructions",
     "late_attention",
     "lookup",
@@ -34,5 +36,6 @@ __all__ = [
     "serves_blocks",
     "serves_cached",
     "serves_choice",
+    "serves_flash",
     "serves_rows",
 ]

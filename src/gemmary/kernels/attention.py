@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemmary.kernels.library import instructions, kernel
+from gemmary.mesh import platform
+from gemmary.spread import by_heads
 
 __all__ = [
     "attention",
@@ -29,8 +31,8 @@ _FEW = 16
 
 
 def serves_attention(head_dim: int) -> bool:
-    """Whether `attention` can be called. Of several CPU devices each computes all of it: XLA cannot split foreign code."""
-    return jax.default_backend() == "cpu" and head_dim % _HEAD == 0 and instructions() is not None
+    """Whether `attention` can be called. On a mesh each device computes its own rows and heads."""
+    return platform() == "cpu" and head_dim % _HEAD == 0 and instructions() is not None
 
 
 def attention(
@@ -50,8 +52,12 @@ def attention(
     from their own to the one before their end, its own lies.
     One at position -1 is padding: it sees nothing and its result is 0. Computed in fp32.
     """
+
+    def local(q: Array, k: Array, v: Array, *marks: Array) -> Array:
+        return _attention(q, k, v, *marks, window or 0, softcap or 0.0)
+
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    return _attention(*wide, positions, segments, ends, window or 0, softcap or 0.0).astype(q.dtype)
+    return by_heads(local, *wide, positions, segments, ends).astype(q.dtype)
 
 
 def late_attention(
@@ -91,7 +97,7 @@ def late_attention(
 def serves_cached(tokens: int, dtype: Any) -> bool:
     """Whether `cached_attention` takes so many new tokens, and a cache of that dtype."""
     few = tokens <= _FEW and dtype in (jnp.float32, jnp.bfloat16)
-    return few and jax.default_backend() == "cpu" and instructions() is not None
+    return few and platform() == "cpu" and instructions() is not None
 
 
 def cached_attention(

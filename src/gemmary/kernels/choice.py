@@ -8,13 +8,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemmary.kernels.library import instructions, kernel
+from gemmary.mesh import platform
 
 __all__ = ["choose", "serves_choice"]
 
 
 def serves_choice() -> bool:
     """Whether `choose` can be called."""
-    return jax.default_backend() == "cpu" and instructions() is not None
+    return platform() == "cpu" and instructions() is not None
 
 
 def choose(

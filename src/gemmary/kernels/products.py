@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from gemmary.errors import GemmaryError
 from gemmary.kernels.library import instructions, kernel
+from gemmary.mesh import platform
 
 __all__ = ["BLOCKS", "Factor", "lookup", "products", "row_bytes", "serves_blocks", "serves_rows"]
 
@@ -56,7 +57,7 @@ def serves_rows(rows: int, dtype: Any) -> bool:
 
 def serves_blocks() -> bool:
     """Whether `products` and `lookup` take blocks, of any number of rows."""
-    return jax.default_backend() == "cpu" and instructions() is not None
+    return platform() == "cpu" and instructions() is not None
 
 
 def products(x: Float[Array, "M K"], factors: Sequence[Factor], *, gated: bool = False) -> list[Float[Array, "M N"]]:

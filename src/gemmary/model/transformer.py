@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
+from gemmary.mesh import platform
 from gemmary.model.attention import Marks, attend_among
 from gemmary.model.cache import LayerCache
 from gemmary.model.pages import PagedLayer
@@ -28,9 +28,6 @@ from gemmary.params import TABLE, Params, is_stacked
 from gemmary.weights import gated, lookup, project, project_all
 
 __all__ = ["Remat", "block", "embed", "forward", "hidden", "logits", "rms_norm"]
-
-# A window wider than any position: it lets a scan carry global layers in the same array as local ones.
-_NO_WINDOW = np.int32(2**30)
 
 # Tokens from which making their sines and cosines once is worth a loop.
 _MANY = 1024
@@ -41,10 +38,8 @@ Layer = LayerCache | PagedLayer
 Remat = Literal["none", "dots", "layers"]
 _REMAT: dict[Remat, Callable[..., Any]] = {
     "none": lambda layer: layer,
-    "dots": partial(
-        jax.checkpoint, static_argnums=(3,), policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
-    "layers": partial(jax.checkpoint, static_argnums=(3,)),
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "layers": jax.checkpoint,
 }
 
 
@@ -65,7 +60,7 @@ def _kinds(config: Config, positions: Array) -> list[_Kind]:
 
     def of(base: float, factor: float) -> Turn:
         scale = timescales(config.head_dim, base, factor)
-        if positions.size < _MANY:
+        if positions.size < _MANY or platform() != "cpu":
             return turn(positions, scale)
         rows = jax.lax.map(lambda row: turn(row[None], scale), positions)
         return Turn(rows.cos[:, 0], rows.sin[:, 0])
@@ -74,19 +69,37 @@ def _kinds(config: Config, positions: Array) -> list[_Kind]:
     return [_Kind(kind.window, turns[kind.rope_base, kind.rope_factor]) for kind in kinds]
 
 
+def _layer(config: Config, marks: Marks, kind: _Kind, remat: Remat) -> Callable[[Array, Params], Array]:
+    """`block` without a cache. A kind's window stays a number, which kernels are made for."""
+
+    def run(x: Array, w: Params, turn: Turn, marks: Marks) -> Array:
+        return block(x, w, _Kind(kind.window, turn), config, marks)[0]
+
+    run = _REMAT[remat](run)
+    return lambda x, w: run(x, w, kind.turn, marks)
+
+
 def _scan(
-    x: Float[Array, "B T D"], layers: Params, config: Config, marks: Marks, layer: Callable[..., Any]
+    x: Float[Array, "B T D"], layers: Params, config: Config, marks: Marks, remat: Remat
 ) -> Float[Array, "B T D"]:
-    """All layers, stacked. A layer's kind comes as data, so that one compiled body serves every kind."""
+    """All layers, stacked: one compiled body for as many layers as the kinds take to come round again, then those that are left."""
+    made = [_layer(config, marks, kind, remat) for kind in _kinds(config, marks.positions)]
     kinds = config.layer_kinds()
-    windows = np.array([_NO_WINDOW if kind.window is None else kind.window for kind in kinds], np.int32)
-    scales = np.stack([timescales(config.head_dim, kind.rope_base, kind.rope_factor) for kind in kinds])
+    period = next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+    rounds = len(kinds) // period
 
-    def body(x: Array, at: tuple[Params, Any, Any]) -> tuple[Array, None]:
-        w, window, scale = at
-        return layer(x, w, _Kind(window, turn(marks.positions, scale)), config, marks)[0], None
+    def body(x: Array, w: Params) -> tuple[Array, None]:
+        for i in range(period):
+            x = made[i](x, jax.tree.map(lambda leaf, i=i: leaf[i], w) if period > 1 else w)
+        return x, None
 
-    return jax.lax.scan(body, x, (layers, windows, scales))[0]
+    whole = layers
+    if period > 1:
+        whole = jax.tree.map(lambda w: w[: rounds * period].reshape(rounds, period, *w.shape[1:]), layers)
+    x = jax.lax.scan(body, x, whole)[0]
+    for i in range(rounds * period, len(kinds)):
+        x = made[i](x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+    return x
 
 
 def rms_norm(x: Float[Array, "... D"], w: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
@@ -195,15 +208,14 @@ def hidden(
         marks = Marks(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
     x = embed(params, config, tokens, dtype)
     layers = {name: weight for name, weight in params.items() if TABLE[name].layered}
-    layer = _REMAT[remat](block)
     if is_stacked(params):
         assert cache is None, "a cache needs unstacked layers"
-        return rms_norm(_scan(x, layers, config, marks, layer), params["final_norm"], config.norm_eps), None
+        return rms_norm(_scan(x, layers, config, marks, remat), params["final_norm"], config.norm_eps), None
     written = []
     for i, kind in enumerate(_kinds(config, marks.positions)):
         w = {name: weight[i] for name, weight in layers.items()}
         if cache is None:
-            x, _ = layer(x, w, kind, config, marks)
+            x = _layer(config, marks, kind, remat)(x, w)
         else:
             x, new = _cached(x, w, kind.turn, marks, cache[i], config, kind.window, first)
             written.append(new)

@@ -20,8 +20,8 @@ from gemmary.errors import check_bounds
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.finetune import TuneSettings, learner, tune
+from gemmary.train.head import Head
 from gemmary.train.loop import Report
-from gemmary.train.losses import Head
 from gemmary.train.objectives import dpo_loss, sequence_log_probs
 from gemmary.train.reward import Pairs, judged, margins, packed_pairs, pair_digests
 from gemmary.train.run import Ended, Say

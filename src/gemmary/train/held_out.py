@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from gemmary.config import Config
 from gemmary.data.packing import Batch
 from gemmary.params import Params
-from gemmary.train.losses import Head, packed_loss
+from gemmary.train.head import Head
+from gemmary.train.losses import packed_loss
 
 __all__ = ["bits_per_byte", "xz_bits_per_byte"]
 

@@ -19,27 +19,12 @@ from gemmary.data.packing import Batch
 from gemmary.model.attention import Marks
 from gemmary.model.transformer import Remat, hidden
 from gemmary.params import Params
+from gemmary.spread import axes_in_use
+from gemmary.train.head import Head
+from gemmary.train.sharded_loss import sharded_loss
 from gemmary.weights import Int8, Weight, lookup, project
 
-__all__ = ["Head", "chunk_size", "next_token_loss", "packed_loss", "token_log_probs"]
-
-
-class Head(NamedTuple):
-    """How logits become a loss: their soft-cap, and the weight of log²(Z), which keeps the sum Z of a softmax near 1.
-
-    `chunk` positions of every row of the batch are taken at once. `sparse` says that many positions count for nothing, as
-    a user's turns do: those that count are then put first in each row, and no logits are made of the rest.
-    """
-
-    chunk: int
-    softcap: float | None = None
-    z_loss: float = 0.0
-    sparse: bool = False
-
-
-def chunk_size(rows: int, vocab: int, most_bytes: int) -> int:
-    """Positions of `rows` rows whose fp32 logits take at most so many bytes; a power of two, at least 16."""
-    return int(max(16, 1 << max(0, (most_bytes // (4 * rows * vocab)).bit_length() - 1)))
+__all__ = ["next_token_loss", "packed_loss", "token_log_probs"]
 
 
 def next_token_loss(
@@ -54,6 +39,9 @@ def next_token_loss(
     Position t counts `mask` times, which may be less than none (a policy's gradient). `embed` is [V, D]. Divide by the
     mask's sum over the whole batch, not over a part of it.
     """
+    if axes_in_use() and isinstance(embed, jax.Array):
+        total, nats = sharded_loss(x, embed, targets, mask, head)
+        return total, jax.lax.stop_gradient(nats)
     if head.sparse:
         order = jnp.argsort(mask == 0, axis=1, stable=True)
         x = jnp.take_along_axis(x, order[..., None], axis=1)
@@ -87,7 +75,7 @@ def token_log_probs(
 
     @jax.checkpoint
     def chunk(x: Array, targets: Array) -> Array:
-        logits = project("td,vd->tv", x, embed, dtype=jnp.float32)
+        logits = project("pd,vd->pv", x, embed, dtype=jnp.float32)
         if head.softcap is not None:
             logits = head.softcap * jnp.tanh(logits / head.softcap)
         picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
@@ -100,7 +88,7 @@ def token_log_probs(
 
 def _chunk(head: Head, wanted: tuple[bool, bool], embed: Any, x: Array, targets: Array, mask: Array) -> _Chunk:
     """One chunk [n, D]; `wanted` says whether gradients of x and of the embedding are."""
-    logits = project("td,vd->tv", x, embed, dtype=jnp.float32)
+    logits = project("pd,vd->pv", x, embed, dtype=jnp.float32)
     slope = None
     if head.softcap is not None:
         capped = jnp.tanh(logits / head.softcap)
@@ -120,7 +108,7 @@ def _chunk(head: Head, wanted: tuple[bool, bool], embed: Any, x: Array, targets:
         e, pull = e * slope, pull * at_target(slope)
     e = e.astype(x.dtype)
     dx = share * _back(e, embed) - pull * lookup(targets, embed, x.dtype)
-    d_embed = project("vt,td->vd", e.T, (x * share).astype(x.dtype), dtype=jnp.float32) if wanted[1] else None
+    d_embed = project("vp,pd->vd", e.T, (x * share).astype(x.dtype), dtype=jnp.float32) if wanted[1] else None
     return _Chunk(total, nats, dx, d_embed, pull)
 
 
@@ -128,7 +116,7 @@ def _back(e: Array, embed: Any) -> Array:
     """e [n, V] times the embedding; an Int8's scales are the rows', and so go to e."""
     if isinstance(embed, Int8):
         e, embed = (e * embed.scale[:, 0]).astype(e.dtype), embed.values
-    return project("tv,vd->td", e, embed, dtype=jnp.float32)
+    return project("pv,vd->pd", e, embed, dtype=jnp.float32)
 
 
 def _cut(array: Array, chunk: int) -> Array:

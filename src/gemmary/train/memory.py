@@ -16,7 +16,7 @@ import ctypes
 import sys
 from typing import Any
 
-import jax
+from gemmary.mesh import platform
 
 __all__ = ["compile_lean"]
 
@@ -25,7 +25,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of malloc.h
 
 def compile_lean(lowered: Any) -> Any:
     """The compiled program of a lowered step; on a CPU the one that needs the least memory, and what it frees is kept."""
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return lowered.compile()
     program = lowered.compile(compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
     _keep_freed_memory()

@@ -17,7 +17,8 @@ from gemmary.data.turns import PairBatch
 from gemmary.model.attention import Marks
 from gemmary.model.transformer import Remat, hidden
 from gemmary.params import Params
-from gemmary.train.losses import Head, packed_loss, token_log_probs
+from gemmary.train.head import Head
+from gemmary.train.losses import packed_loss, token_log_probs
 from gemmary.train.step import Loss, Sums
 
 __all__ = [

@@ -21,8 +21,9 @@ from gemmary.data.turns import PackedDialogues, lay_out, pack
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.finetune import Learner, TuneSettings, learner, tune
+from gemmary.train.head import Head
 from gemmary.train.loop import Report
-from gemmary.train.losses import Head, packed_loss
+from gemmary.train.losses import packed_loss
 from gemmary.train.objectives import language_loss
 from gemmary.train.run import Ended, Say
 from gemmary.train.step import TrainState

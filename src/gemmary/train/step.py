@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
 from gemmary.adapters import join
 from gemmary.errors import GemmaryError
-from gemmary.params import Params
+from gemmary.mesh import replicated
+from gemmary.params import TABLE, Params, placement
+from gemmary.spread import axes_in_use
 
-__all__ = ["Loss", "Step", "Sums", "TrainState", "init_state", "make_step"]
+__all__ = ["Loss", "Step", "Sums", "TrainState", "init_state", "make_step", "state_shardings"]
 
 
 @jax.tree_util.register_dataclass
@@ -53,8 +57,13 @@ def init_state(params: Params, rule: optax.GradientTransformation, rng: Array) -
     return TrainState(params, rule.init(params), jnp.zeros((), jnp.int32), rng)
 
 
-def make_step(loss: Loss, rule: optax.GradientTransformation, *, accumulate: int = 1) -> Any:
+def make_step(
+    loss: Loss, rule: optax.GradientTransformation, *, accumulate: int = 1, mesh: Mesh | AbstractMesh | None = None
+) -> Any:
     """A compiled step(state, batch, rest = None), which takes its state's memory for the next one's.
+
+    On a mesh the state comes placed (`state_shardings`) and stays where it is; each slice takes the gradient of its own rows, and
+    slices add theirs once. To be called, lowered or traced within `mesh.using(mesh)`.
 
     `rest` is what of the model is not learnt (see `adapters.split`).
 
@@ -72,22 +81,57 @@ def make_step(loss: Loss, rule: optax.GradientTransformation, *, accumulate: int
             return sums, grads
 
         rng = jax.random.fold_in(state.rng, state.step)
-        if accumulate == 1:
-            sums, grads = gradient(state.params, batch, rng)
-        else:
-            sums, grads = _in_parts(gradient, state.params, batch, rng, accumulate)
+        whole = gradient if accumulate == 1 else partial(_in_parts, gradient, parts=accumulate)
+        sums, grads = _over_slices(whole)(state.params, batch, rng)
         weight = jnp.maximum(sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = rule.update(grads, state.opt_state, state.params)
         report = {name: value / weight for name, value in sums.report.items()}
         report |= {"gradient_norm": optax.tree.norm(grads), "weight": sums.weight}
         params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1, state.rng), report
+        new = TrainState(params, opt_state, state.step + 1, state.rng)
+        if mesh is not None:
+            new = jax.lax.with_sharding_constraint(new, state_shardings(new, mesh))
+            report = jax.lax.with_sharding_constraint(report, replicated(mesh))
+        return new, report
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _in_parts(gradient: Any, params: Params, batch: Any, rng: Array, parts: int) -> tuple[Sums, Params]:
+def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Where each part of a state lies: parameters and what the optimizer keeps of each alike, all else on every device."""
+    everywhere = replicated(mesh)
+
+    def of_params(node: Any) -> bool:
+        return isinstance(node, dict) and node.keys() <= TABLE.keys()
+
+    def one(node: Any) -> Any:
+        return placement(node, mesh) if of_params(node) else everywhere
+
+    opt_state = jax.tree.map(one, state.opt_state, is_leaf=of_params)
+    return TrainState(placement(state.params, mesh), opt_state, everywhere, everywhere)  # type: ignore[arg-type]
+
+
+def _over_slices(gradient: Any) -> Any:
+    """The sums and gradients of all slices' rows. Within a slice it is one program; between them one sum, at the end."""
+    if axes_in_use().get("slice", 1) == 1:
+        return gradient
+
+    def each(params: Params, batch: Any, rng: Array) -> tuple[Sums, Params]:
+        found: tuple[Sums, Params] = jax.lax.psum(gradient(params, batch, rng), "slice")
+        return found
+
+    rows = PartitionSpec("slice")
+    return jax.shard_map(
+        each,
+        in_specs=(PartitionSpec(), rows, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        axis_names={"slice"},
+        check_vma=False,
+    )
+
+
+def _in_parts(gradient: Any, params: Params, batch: Any, rng: Array, *, parts: int) -> tuple[Sums, Params]:
     """Sums and gradients over the parts of a batch."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
