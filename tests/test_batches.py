@@ -140,7 +140,7 @@ def test_shares_are_those_of_the_tokens_so_far(sources: dict[str, Tokens], whole
 
 
 def test_processes_share_the_rows(sources: dict[str, Tokens], whole: list[Batch]) -> None:
-    parts = [make(sources, shard_index=i, shard_count=2) for i in range(2)]
+    parts = [make(sources, rows=rows) for rows in ([0, 1], [2, 3])]
     assert parts[0].digest == parts[1].digest == make(sources).digest
     for index in range(5):
         both = [next(part) for part in parts]
@@ -188,9 +188,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path, sources: dict[str, Tokens]) -
     for name, value in (("length", 1), ("batch", 0), ("steps", 0), ("seed", -1), ("workers", -1)):
         with pytest.raises(GemmaryError, match=f"^{name} is {value}"):
             make(sources, **{name: value})
-    for shards in ({"shard_count": 3}, {"shard_index": 2, "shard_count": 2}, {"shard_count": 0}):
-        with pytest.raises(GemmaryError, match="processes"):
-            make(sources, **shards)
+    for rows in ([], [0, 4], [-1]):
+        with pytest.raises(GemmaryError, match="are not some of a batch of 4"):
+            make(sources, rows=rows)
     other = tokens_of(tmp_path / "other", [range(100)])
     other.info = replace(other.info, tokenizer="another")
     with pytest.raises(GemmaryError, match="different tokenizers"):

@@ -15,7 +15,7 @@ SOURCE = Path(gemmary.__file__).parent
 FLOORS = [
     ["errors"],
     ["config", "presets", "hardware"],
-    ["mesh", "spread", "params", "kernels", "weights", "quantization", "adapters"],
+    ["mesh", "processes", "stopping", "spread", "params", "kernels", "eight", "weights", "quantization", "adapters"],
     ["model", "text"],
     ["checkpoints", "data"],
     ["infer"],
@@ -26,10 +26,13 @@ FLOORS = [
     ["serve"],
     [
         "recipe",
+        "records",
         "stages",
         "teaching",
         "tuning",
         "whole",
+        "plan_results",
+        "plans",
         "watch",
         "report_figures",
         "report_pages",
@@ -41,6 +44,7 @@ FLOORS = [
         "comparison",
         "report_judgements",
         "report",
+        "lives",
     ],
     ["cli"],
 ]
@@ -59,11 +63,15 @@ ROOMS = {
     ],
     "infer": ["sampling", "session", "engine", "scoring", "speculation", "memory", "steps", "drafting", "waiting", "batching"],
     "train": [
-        "memory", "flops", "head", "sharded_loss", "losses", "optimizer", "step", "objectives", "held_out", "journal", "saving", "goodput", "pace",
+        "memory", "flops", "head", "sharded_loss", "losses", "optimizer", "step", "meshed", "objectives", "held_out", "journal", "parts", "model_files", "saving", "goodput",
+        "pace",
         "watchdog", "traces", "endurance", "loop", "run", "pretrain", "finetune",
         "sft", "reward", "rollouts", "rewards", "watching", "rlhf", "dpo",
     ],
-    "plan": ["program_text", "program_loops", "program", "program_memory", "program_costs", "program_groups", "program_collectives"],
+    "plan": [
+        "program_text", "program_loops", "program", "program_memory", "program_costs", "program_groups", "program_collectives",
+        "job", "serving", "network", "roofline", "arithmetic", "lowering", "budget", "planned", "search", "saved",
+    ],
     "evaluate": ["harness", "isolation", "assertions", "calling", "programs", "sandbox", "code_eval", "tasks", "drawing", "memorization",
         "published", "suites", "kept", "data_sets", "toxicity", "answering", "lm_eval", "several", "running", "held_out", "examination",
         "questions", "speakers", "side_by_side", "judge", "pairs", "ratings",

@@ -20,6 +20,7 @@ from training_runs import came_to, make_inputs, run
 
 from gemmary.errors import GemmaryError
 from gemmary.train import pretrain as pretrain_module
+from gemmary.train.endurance import Endurance
 from gemmary.train.journal import Journal
 from gemmary.train.loop import Hook, LoopSettings, fit
 from gemmary.train.step import TrainState
@@ -60,7 +61,8 @@ def lived(
     settings = LoopSettings(**{"steps": 20, "save_every": 6, "log_every": 5, **options})
     ended, complete = fit(
         step, state, Numbers(place, at), settings, journal=journal, checkpoints=checkpoints,
-        describe=lambda means, seconds, done: {"loss": means["loss"]}, **call,
+        watch=Endurance(folder, settings.watch, say=said.append), describe=lambda means, seconds, done: {"loss": means["loss"]},
+        **call,
     )  # fmt: skip
     assert complete == (int(ended.step) == settings.steps)
     return complete, said

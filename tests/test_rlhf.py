@@ -85,8 +85,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, taught: Params) -> Runs:
     given = jax.tree.map(jnp.array, taught)
     made: list[Any] = []  # one compiled step for all three
 
-    def once(*arguments: Any) -> Any:
-        made.append(made[0] if made else make_step(*arguments))
+    def once(*arguments: Any, **options: Any) -> Any:
+        made.append(made[0] if made else make_step(*arguments, **options))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -154,7 +154,7 @@ class Steps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[Batch] = []
-        monkeypatch.setattr(module, "make_step", lambda *_: self)
+        monkeypatch.setattr(module, "make_step", lambda *_, **__: self)
 
     def __call__(self, state: TrainState, batch: Batch, rest: Any) -> tuple[TrainState, dict[str, Any]]:
         self.batches.append(batch)

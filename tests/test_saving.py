@@ -21,8 +21,9 @@ from gemmary.params import init, is_stacked, unstack
 from gemmary.presets import nano
 from gemmary.text import Tokenizer
 from gemmary.train import saving
+from gemmary.train.model_files import NativeFiles
 from gemmary.train.optimizer import OptimizerSettings, optimizer
-from gemmary.train.saving import Checkpoints, NativeFiles
+from gemmary.train.saving import Checkpoints
 from gemmary.train.step import TrainState, init_state
 
 CONFIG = nano(1, 1000).replace(num_layers=2, embed_dim=32, ffw_dim=64, head_dim=16, context=64)

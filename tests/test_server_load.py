@@ -67,7 +67,7 @@ def test_200_cancelled_and_the_next_answers_within_5_seconds(server: Server, tin
 
 def test_overload(served: Path) -> None:
     with started(served, "--slots", "2", "--queue", "8") as server:
-        said = overloaded(server, clients=100, seconds=20)
+        said = overloaded(server, clients=100, seconds=10)
     print(f"\nT8 {said}")
 
 

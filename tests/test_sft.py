@@ -24,9 +24,9 @@ from gemmary.params import Params
 from gemmary.quantization import quantize
 from gemmary.train.finetune import LoraSettings, TuneSettings, learner
 from gemmary.train.head import Head
+from gemmary.train.model_files import AdapterFiles
 from gemmary.train.objectives import language_loss
 from gemmary.train.run import Ended
-from gemmary.train.saving import AdapterFiles
 from gemmary.train.sft import held_out_loss, sft
 from gemmary.weights import Int8, dequantize
 

@@ -75,7 +75,7 @@ def run(inputs: Path, folder: Path, **changes: Any) -> Any:
     from gemmary.train.optimizer import OptimizerSettings
     from gemmary.train.pretrain import PretrainSettings, pretrain
 
-    calls = {name: changes.pop(name) for name in ("say", "report", "hooks") if name in changes}
+    calls = {name: changes.pop(name) for name in ("say", "report", "hooks", "mesh") if name in changes}
     settings: dict[str, Any] = {"steps": STEPS, "save_every": SAVE_EVERY, "length": 32, "batch": 2, "log_every": 1}
     settings["optimizer"] = OptimizerSettings(kind=changes.pop("kind", "muon"))
     tokenizer = Tokenizer.from_sentencepiece(inputs / "tokenizer.model")
@@ -87,8 +87,8 @@ def run(inputs: Path, folder: Path, **changes: Any) -> Any:
     )  # fmt: skip
 
 
-def tune(inputs: Path, folder: Path, stage: str, **calls: Any) -> Any:
-    """A run of tuning from random weights, or on from its newest checkpoint; what `run` gives."""
+def tune(inputs: Path, folder: Path, stage: str, **changes: Any) -> Any:
+    """A run of tuning from random weights, or on from its newest checkpoint; what `run` gives. `changes` are of its settings."""
     import jax
 
     from gemmary.data.lessons import lessons
@@ -105,8 +105,9 @@ def tune(inputs: Path, folder: Path, stage: str, **calls: Any) -> Any:
     tokenizer = Tokenizer.from_sentencepiece(inputs / "tokenizer.model")
     config = nano(1, tokenizer.size).replace(num_layers=2, embed_dim=32, ffw_dim=64, head_dim=16, context=256)
     params = unstack(init(config, jax.random.key(0)))
+    calls: dict[str, Any] = {name: changes.pop(name) for name in ("say", "report", "mesh") if name in changes}
     shared: dict[str, Any] = {
-        "steps": TUNED, "save_every": SAVE_EVERY, "log_every": 1, "length": 256, "batch": 2, "evaluate_every": 4
+        "steps": TUNED, "save_every": SAVE_EVERY, "log_every": 1, "length": 256, "batch": 2, "evaluate_every": 4, **changes
     }  # fmt: skip
     tokens = {name: Tokens(inputs / name) for name in ("chosen", "rejected", "chosen_held_out", "rejected_held_out")}
     given = (config, params, tokenizer)

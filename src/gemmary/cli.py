@@ -27,11 +27,12 @@ from gemmary.chat import converse
 from gemmary.checkpoints import FORMATS, convert, open_model, quantize_model
 from gemmary.comparison import add_compare
 from gemmary.errors import GemmaryError
-from gemmary.evaluate.data_sets import quiet as hushed
 from gemmary.evaluations import add_evaluate
 from gemmary.gemma import Gemma, load
 from gemmary.infer.sampling import Sampling
 from gemmary.inspect import Inspection, inspect_checkpoint, inspect_preset
+from gemmary.lives import add_lives
+from gemmary.plans import add_plan
 from gemmary.presets import PRESETS, preset
 from gemmary.serve.door import add_serve
 
@@ -50,12 +51,6 @@ _TABLE_WIDTH = 120  # so that names stay whole where output is piped; a narrower
 # typer has a click of its own in newer releases: this is the base of whichever errors it raises.
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as runs/nano.toml.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
-]
-Out = Annotated[Path | None, typer.Option(help="The run's folder; by default out/ and the recipe's name.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing of progress.")]
 Model = Annotated[str, typer.Argument(help="A directory, a file, 'sample', or with --hub a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Hub = Annotated[bool, typer.Option("--hub", help="Allow fetching MODEL from the Hugging Face hub.")]
@@ -173,44 +168,7 @@ def chat_(
 add_serve(app, lambda: _keep_compiled())  # defined below
 
 
-def _lived(verb: str, what: str) -> None:
-    """Register a verb that takes a recipe."""
-
-    def run(
-        recipe: RecipeFile, sets: Sets = None, out: Out = None, as_json: Json = False, quiet: Quiet = False
-    ) -> None:
-        with hushed(network=True):
-            from gemmary.recipe import load_recipe
-            from gemmary.report import report
-            from gemmary.watch import Watch, summary
-            from gemmary.whole import STAGES, Whole
-
-            _keep_compiled()
-            settings = load_recipe(recipe, sets or [])
-            folder = out or Path("out") / recipe.stem
-            with Watch(_err, quiet=quiet) as watch:
-                life = Whole(settings, folder, say=watch.say, progress=watch.progress, report=watch.report)
-                record = life.whole() if verb == "run" else STAGES[verb](life)
-        life.sign(["gemmary", *sys.argv[1:]], recipe)
-        if verb == "run":
-            report(folder)
-        if as_json:
-            print(json.dumps(record))
-        else:
-            Console().print(summary(verb, record, folder))
-
-    app.command(verb, help=what)(run)
-
-
-_lived("run", "Live a recipe from its first stage to its last; what is unchanged is not done again.")
-_lived("curate", "Make documents of a recipe's sources: filtered, masked, deduplicated, decontaminated.")
-_lived("tokenizer", "Train a recipe's vocabulary on its curated documents.")
-_lived("pretrain", "Pre-train a recipe's model, or go on where it was stopped.")
-_lived("ablate", "Train small models on a recipe's candidate mixtures and rank them.")
-_lived("sft", "Fine-tune a recipe's model on its conversations, whole or by adapters.")
-_lived("reward", "Train a recipe's reward model on its preferences.")
-_lived("rlhf", "Have a recipe's model learn from rewards for its own answers.")
-_lived("dpo", "Have a recipe's model learn from its preferences, without a reward model.")
+add_lives(app, _err, lambda: _keep_compiled())
 
 
 @app.command("report")
@@ -259,6 +217,7 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 add_evaluate(app, _load, _progress)
 add_memorization(app, _load, _progress)
 add_compare(app, _load, _progress)
+add_plan(app, _progress, _err)
 
 
 def _print_inspection(found: Inspection) -> None:

@@ -154,7 +154,7 @@ def placement(params: Params, mesh: Mesh | AbstractMesh) -> Params:
         return storage_sharding(axes if weight.ndim == len(axes) else axes[1:], weight.shape, mesh)
 
     return {
-        name: tuple(one(name, w) for w in weight) if isinstance(weight, tuple) else one(name, weight)
+        name: tuple(one(name, w) for w in weight) if type(weight) is tuple else one(name, weight)
         for name, weight in params.items()
     }
 

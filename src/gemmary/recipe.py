@@ -2,7 +2,7 @@
 
 A recipe has the stages' sections `curate`, `tokenizer`, `model`, `mixture`, `pretrain` and, for choosing a mixture, `ablate`; then
 `instructions`, `sft`, `preferences`, `reward`, `rlhf`, `dpo` and `evaluate`. One that begins from a model that is there already
-(`model.path`) has none of the first.
+(`model.path`) has none of the first. `mesh` says how the stages that learn lie on many devices.
 Each section's settings are a dataclass of the room that obeys them, so their docstrings are the reference.
 """
 
@@ -27,6 +27,7 @@ from gemmary.presets import nano, preset
 from gemmary.text.training import TokenizerSettings
 from gemmary.train.dpo import DpoSettings
 from gemmary.train.finetune import TuneSettings
+from gemmary.train.meshed import MeshSettings
 from gemmary.train.pretrain import PretrainSettings
 from gemmary.train.rlhf import RlhfSettings
 
@@ -154,6 +155,8 @@ class Recipe:
     rlhf: RlhfStage | None = None
     dpo: DpoSettings | None = None
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    mesh: MeshSettings | None = None
+    """How devices share a model; without it one device does all, or, of several processes, their devices share the batches."""
     seed: int = 0
     held_out_bytes: int = 1 << 20
     """Of each source, so many bytes of held-out text at most are what bits per byte are taken on."""

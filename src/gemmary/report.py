@@ -14,6 +14,7 @@ from gemmary.errors import GemmaryError
 from gemmary.report_judgements import judgements
 from gemmary.report_pages import Section, Table, html_page, markdown_page
 from gemmary.report_sections import SECTIONS, RunFiles
+from gemmary.train.goodput import LOST, Goodput
 
 __all__ = ["report"]
 
@@ -58,7 +59,24 @@ def _costs(run: RunFiles, watts: float) -> Section:
         "Time and energy",
         f"Seconds of each stage's last run. About {energy:.1f} Wh, if each of {cores} cores took {watts:g} W all the time: an estimate, not a measurement; "
         "neither idle parts of the machine nor its cooling are counted.",
-        [Table("Time", ["stage", "seconds"], rows)],
+        [Table("Time", ["stage", "seconds"], rows), *_endurance(run)],
+    )
+
+
+def _endurance(run: RunFiles) -> list[Table]:
+    """Where the time of stages that learn went, over all their sittings."""
+    rows = []
+    for name in run.stages:
+        if found := Goodput(run.folder / name / "goodput.json").figures():
+            slow = sum(entry["slow_steps"]["count"] for entry in run.entries(name) if "slow_steps" in entry)
+            shares = [f"{100 * found[share]:.1f} %" for share in ("of_all", "of_running")]
+            seconds = [f"{found[cause]:.1f}" for cause in ("steps", *LOST)]
+            rows.append([name, *shares, *seconds, str(slow)])
+    columns = ["stage", "goodput", "without down", "steps", *LOST, "slow steps"]
+    return (
+        [Table("Goodput: seconds since a stage's first beginning, by what they went into", columns, rows)]
+        if rows
+        else []
     )
 
 

@@ -8,19 +8,17 @@ something else is never thrown away, but refused.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from gemmary import processes
 from gemmary.checkpoints import open_model
-from gemmary.checkpoints.checkpoint import read_json, write_whole
 from gemmary.config import Config
 from gemmary.data.curate import curate, read_documents
 from gemmary.data.mixture import MixtureSettings
@@ -29,30 +27,22 @@ from gemmary.errors import GemmaryError
 from gemmary.gemma import Gemma
 from gemmary.infer.engine import Engine
 from gemmary.params import is_stacked, unstack
-from gemmary.recipe import Recipe
+from gemmary.records import Records, write_record
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.text.training import compression, train_tokenizer
 from gemmary.train.held_out import xz_bits_per_byte
-from gemmary.train.loop import Hook, Report
+from gemmary.train.loop import Hook
+from gemmary.train.meshed import MeshSettings, check_rows, local
 from gemmary.train.pretrain import PretrainSettings, pretrain
 from gemmary.train.step import TrainState
 
-__all__ = ["Life", "write_record"]
+__all__ = ["Life"]
 
-_RECORD = "stage.json"
 _BYTES_REPORTED = 1 << 20  # of each source, for bytes per token
 
 
-@dataclass(frozen=True)
-class Life:
-    """A recipe being lived in `folder`. `say` is told what people should know, `progress` (done, total) of counted work."""
-
-    recipe: Recipe
-    folder: Path
-    say: Callable[[str], None] = lambda line: None
-    progress: Callable[[int, int], None] = lambda done, total: None
-    report: Report = lambda entry: None
-    _lived: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+class Life(Records):
+    """A recipe being lived in `folder`, up to a pre-trained model."""
 
     def given(self, section: str) -> Any:
         """A section of the recipe. Raises GemmaryError where it has none."""
@@ -60,6 +50,27 @@ class Life:
         if found is None:
             raise GemmaryError(f"the recipe has no [{section}]")
         return found
+
+    @cached_property
+    def mesh(self) -> Mesh | None:
+        """What stages that learn lie on. Raises GemmaryError for a mesh that devices or batches do not fit."""
+        settings = self.recipe.mesh
+        if settings is None and processes.count() == 1:
+            return None
+        mesh = (settings or MeshSettings()).mesh()
+        for name in ("pretrain", "sft", "reward", "rlhf", "dpo"):
+            stage = getattr(self.recipe, name)
+            if isinstance(stage, PretrainSettings):
+                stage = self.recipe.model.scaled(stage)
+            if stage is not None:
+                check_rows(name, stage.batch, stage.accumulate, mesh)
+        return mesh
+
+    def ready(self) -> None:
+        """Before anything long begins: raises as `mesh` does, and says which devices nothing is left for."""
+        used, have = self.mesh.size if self.mesh is not None else 1, len(jax.devices())
+        if used < have:
+            self.say(f"{have - used} of {have} devices are idle: --set mesh.model=1 has all of them share the batches")
 
     def curate(self) -> dict[str, Any]:
         """Documents from sources: see `data.curate`."""
@@ -143,7 +154,8 @@ class Life:
             "dial": wanted.dial,
             "tokens": settings.steps * settings.batch * settings.length,
         }
-        write_record(self.folder / "ablate" / "ranking.json", result | {"ranking": found})
+        if processes.is_first():
+            write_record(self.folder / "ablate" / "ranking.json", result | {"ranking": found})
         return result | {"ranking": found}
 
     def _pretrained(
@@ -159,9 +171,9 @@ class Life:
         held_out = self._sources("held_out", [s.name for s in self.given("curate").source])
 
         def work(folder: Path) -> dict[str, Any]:
-            sample = Hook(settings.sample_every, lambda state: _sample(state, settings, config, tokenizer))
+            sample = Hook(settings.sample_every, lambda state: _sample(state, settings, config, tokenizer, self.mesh))
             done = pretrain(
-                settings, config, tokenizer, mixture, sources, held_out, folder, seed=self.recipe.seed,
+                settings, config, tokenizer, mixture, sources, held_out, folder, mesh=self.mesh, seed=self.recipe.seed,
                 hooks=[sample] if settings.prompt else [], report=self.report, say=self.say,
             )  # fmt: skip
             return {"complete": done.complete, **done.results}
@@ -169,56 +181,6 @@ class Life:
         decisive: dict[str, Any] = {"seed": self.recipe.seed, "mixture": asdict(mixture)}
         decisive |= {"model": asdict(config), "pretrain": settings.decisive()}
         return self.stage(name, decisive, {"tokens": tokens["digest"]}, work, keep=True)
-
-    def stage(
-        self,
-        name: str,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        work: Callable[[Path], dict[str, Any]],
-        *,
-        keep: bool = False,
-        always: bool = False,
-    ) -> dict[str, Any]:
-        """The stage's record: the one there is, or that of doing the work now.
-
-        `always` asks the work itself whether there is anything to do; `keep` leaves to it what was begun with other settings.
-        A stage that others build on is looked at once.
-        """
-        if name not in self._lived:
-            self._lived[name] = self._stage(name, settings, inputs, work, keep, always)
-        return self._lived[name]
-
-    def _stage(
-        self,
-        name: str,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        work: Callable[[Path], dict[str, Any]],
-        keep: bool,
-        always: bool,
-    ) -> dict[str, Any]:
-        folder, begun_with = self.folder / name, _plain({"settings": settings, "inputs": inputs})
-        path = folder / _RECORD
-        record: dict[str, Any] = read_json(path) if path.is_file() else {}
-        same = record.get("begun_with") == begun_with
-        if same and not always and record["results"].get("complete", True):
-            self.say(f"{name}: unchanged")
-            return record
-        if folder.exists() and not keep and not (always and (same or not record)):
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        self.say(f"{name}: {folder}")
-        results = work(folder)
-        digest = hashlib.sha256(json.dumps([begun_with, _lasting(results)], sort_keys=True).encode()).hexdigest()
-        new = {"stage": name, "digest": digest, "begun_with": begun_with, "results": results}
-        if same and record["digest"] == digest:
-            self.say(f"{name}: unchanged")
-            return record
-        new["seconds"] = round(time.perf_counter() - started, 1)
-        write_record(path, new)
-        return new
 
     def _texts(self, source: str, split: str) -> Iterator[str]:
         return (document["text"] for document in read_documents(self.folder / "curate", source, split))
@@ -229,16 +191,6 @@ class Life:
     def _sources(self, split: str, names: Any) -> dict[str, Tokens]:
         paths = {name: self.folder / "tokens" / name / split for name in names}
         return {name: Tokens(path) for name, path in paths.items() if split == "train" or path.is_dir()}
-
-
-def _plain(data: Any) -> Any:
-    """As it is after a file."""
-    return json.loads(json.dumps(data))
-
-
-def _lasting(results: dict[str, Any]) -> dict[str, Any]:
-    """Results without what differs from run to run."""
-    return {k: v for k, v in results.items() if k not in ("tokens_per_second", "mfu", "eta_seconds", "seconds")}
 
 
 def _some(texts: Iterator[str], most: int) -> Iterator[str]:
@@ -261,14 +213,16 @@ def _sample_tokenizer() -> dict[str, Tokenizer]:
     return {"gemma3": tokenizer} if tokenizer else {}
 
 
-def _sample(state: TrainState, settings: PretrainSettings, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Greedy continuations of the prompts."""
-    params = unstack(state.params) if is_stacked(state.params) else state.params
-    engine = Engine(params, config, jax.numpy.dtype(settings.dtype), tokenizer.size)
-    gemma = Gemma(config, params, tokenizer, engine)
-    return {"samples": {p: gemma.generate(p, max_new_tokens=settings.sample_tokens).text for p in settings.prompt}}
+def _sample(
+    state: TrainState, settings: PretrainSettings, config: Config, tokenizer: Tokenizer, mesh: Mesh | None
+) -> dict[str, Any]:
+    """Greedy continuations of the prompts, by the first process."""
+    whole = local(mesh, state.params)
 
+    def samples() -> dict[str, str]:
+        params = unstack(whole) if is_stacked(whole) else whole
+        engine = Engine(params, config, jax.numpy.dtype(settings.dtype), tokenizer.size)
+        gemma = Gemma(config, params, tokenizer, engine)
+        return {p: gemma.generate(p, max_new_tokens=settings.sample_tokens).text for p in settings.prompt}
 
-def write_record(path: Path, data: Any) -> None:
-    """Plain data as a file, whole."""
-    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+    return {"samples": processes.from_first("samples", samples)}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gemmary import processes
 from gemmary.adapters import merge
 from gemmary.checkpoints import SAMPLE, convert, open_model
 from gemmary.config import Config
@@ -26,6 +27,7 @@ from gemmary.teaching import Teaching, digest_of, sha
 from gemmary.text.dialogue import encode_dialogue
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.dpo import dpo
+from gemmary.train.meshed import on_host
 from gemmary.train.reward import reward
 from gemmary.train.rewards import Reward, exact_answer, model_reward
 from gemmary.train.rlhf import rlhf
@@ -77,10 +79,12 @@ class Tuning(Teaching):
         digest = self._digest_of_model(before)
 
         def work(folder: Path) -> dict[str, Any]:
-            model = self._opened(before)
+            with on_host(self.mesh):
+                model = self._opened(before)
             ended = learn(
                 settings, model.config, model.params, model.tokenizer, data("train"), data("held_out"), folder,
-                weights=learns.weights, seed=self.recipe.seed, base=model.name, digest=digest, report=self.report, say=self.say,
+                weights=learns.weights, seed=self.recipe.seed, base=model.name, digest=digest, mesh=self.mesh,
+                report=self.report, say=self.say,
             )  # fmt: skip
             return self._ended(folder, ended)
 
@@ -99,7 +103,9 @@ class Tuning(Teaching):
                 return self.reward()
 
         def work(folder: Path) -> dict[str, Any]:
-            model, wanted = self._opened(before), settings.sources or tuple(learns.weights)
+            with on_host(self.mesh):
+                model = self._opened(before)
+            wanted = settings.sources or tuple(learns.weights)
             prompts, left = self._prompts(wanted, "train", model, settings)
             held_out, _ = self._prompts(wanted, "held_out", model, settings)
             sandbox = self._sandbox(needed=settings.reward == "tests")
@@ -107,7 +113,7 @@ class Tuning(Teaching):
                 settings, model.config, model.params, model.tokenizer, prompts, _turn_by_turn(held_out),
                 self._reward(settings, model, sandbox), success(sandbox), folder,
                 weights={name: 1 / len(some) for name, some in prompts.items()},
-                digest=sha([gathered["digest"], judge]), seed=self.recipe.seed, base=model.name, start=digest,
+                digest=sha([gathered["digest"], judge]), seed=self.recipe.seed, base=model.name, start=digest, mesh=self.mesh,
                 report=self.report, say=self.say,
             )  # fmt: skip
             return self._ended(folder, ended) | {
@@ -188,9 +194,13 @@ class Tuning(Teaching):
         merged = self.folder / stage / "merged" / path.resolve().parent.name
         if path.name != "adapter":
             return path
-        if not merged.exists():
-            with open_model(path) as checkpoint:
-                convert(checkpoint, merged, "native", dtype="float32")
+
+        def merge_once() -> None:
+            if not merged.exists():
+                with open_model(path) as checkpoint:
+                    convert(checkpoint, merged, "native", dtype="float32")
+
+        processes.from_first("merged", merge_once)
         return merged
 
     def _parameters(self, stage: str) -> Path:
@@ -204,6 +214,7 @@ class Tuning(Teaching):
             "complete": ended.complete, "steps": int(ended.state.step),
             "parameters": ended.parameters.resolve().relative_to(folder.resolve()).as_posix(),
             "learnt": int(sum(leaf.size for leaf in jax.tree.leaves(ended.state.params))), **ended.last,
+            "goodput": ended.goodput,
             "before": {k: v for k, v in first.items() if k in ("held_out_loss", "held_out_pairs", "watched")},
         }  # fmt: skip
 

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gemmary import kernels
+from gemmary.eight import Eight, eight_bit_product
 from gemmary.mesh import platform
 from gemmary.params import TABLE, Params, Spec
 from gemmary.spread import axes_in_use, gathered, look_up, spread
@@ -106,7 +107,7 @@ class LoRA:
     scale: float = field(metadata={"static": True})
 
 
-Weight = Array | np.ndarray | Int8 | Int4 | Blocks | LoRA
+Weight = Array | np.ndarray | Eight | Int8 | Int4 | Blocks | LoRA
 """A weight of one row: on the device, or (as a checkpoint gives it) on the host."""
 
 
@@ -122,6 +123,10 @@ def project(equation: str, x: Float[Array, ...], w: Weight, *, dtype: Any = None
         inner = jnp.einsum(f"{x_axes},{read}r->{rank_axes}", x, w.a.astype(x.dtype))
         update = jnp.einsum(f"{rank_axes},r{kept}->{output}", inner, w.b.astype(x.dtype))
         return project(equation, x, w.base, dtype=dtype) + (w.scale * update).astype(dtype)
+    if isinstance(w, Eight):
+        x, whole = x.astype(_compute_dtype(x)), jnp.asarray(w.w).astype(_compute_dtype(x))
+        x, whole = spread(x, x_axes, whole_rows=True), gathered(whole, w_axes)
+        return spread(eight_bit_product(equation, x, whole, dtype), output)
     if isinstance(w, Int8):
         # One scale per output channel: it leaves the sum and multiplies the (smaller) output, whose last axes it has.
         kept = "".join(c for c in output if c in w_axes)
@@ -178,7 +183,7 @@ def _served(x: Array, equation: str, w: Weight) -> bool:
     """Whether `_in_kernel` takes it."""
     if isinstance(w, Blocks):
         return True
-    if isinstance(w, (LoRA, Int8, Int4)) or axes_in_use():  # foreign code cannot be split
+    if isinstance(w, (LoRA, Eight, Int8, Int4)) or axes_in_use():  # foreign code cannot be split
         return False
     rows = math.prod(_sides(equation, x, w.shape).rows)
     return kernels.serves_rows(rows, w.dtype) and _compute_dtype(x) == jnp.float32
@@ -209,9 +214,9 @@ def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Arr
     if _served(x, equation, w):
         return _in_kernel([equation], x, [w])[0].astype(dtype)
     compute = _compute_dtype(x)
-    x_axes, w_axes = equation.split("->")[0].split(",")
-    # Where a mesh is in use: whole rows, and the weight together along what is stored apart (narrowed first: less to move).
-    x, w = spread(x.astype(compute), x_axes, whole_rows=True), gathered(jnp.asarray(w).astype(compute), w_axes)
+    if axes_in_use():
+        return _spread_product(equation, x.astype(compute), jnp.asarray(w).astype(compute), dtype)
+    x, w = x.astype(compute), jnp.asarray(w).astype(compute)
     rows, size, kept, leads = _sides(equation, x, w.shape)
     x, w = x.reshape(-1, size), w.reshape((size, -1) if leads else (-1, size))
     wide = jnp.promote_types(dtype, compute)
@@ -219,7 +224,17 @@ def _contract(equation: str, x: Array, w: Array | np.ndarray, dtype: Any) -> Arr
     if product is None:
         axes = (((1,), (0 if leads else 1,)), ((), ()))
         product = jax.lax.dot_general(x, w, axes, preferred_element_type=wide)
-    return spread(product.reshape(*rows, *kept).astype(dtype), equation.split("->")[1])
+    return product.reshape(*rows, *kept).astype(dtype)
+
+
+def _spread_product(equation: str, x: Array, w: Array, dtype: Any) -> Array:
+    """The product on a mesh: of whole rows, by a weight that is together along what is stored apart (narrowed already: less to move)."""
+    inputs, output = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+    x, w = spread(x, x_axes, whole_rows=True), gathered(w, w_axes)
+    wide = jnp.promote_types(dtype, x.dtype)
+    product = jnp.einsum(equation, x, w, preferred_element_type=wide).astype(dtype)
+    return spread(product, output)
 
 
 def _one_row(x: Array, w: Array | np.ndarray, leads: bool, dtype: Any) -> Array | None:

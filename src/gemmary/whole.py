@@ -30,7 +30,7 @@ from gemmary.evaluate.suites import Benchmark
 from gemmary.evaluate.tasks import success
 from gemmary.gemma import Gemma
 from gemmary.infer.engine import Engine
-from gemmary.stages import write_record
+from gemmary.records import write_record
 from gemmary.train.rollouts import Rollout
 from gemmary.train.watching import manner
 from gemmary.tuning import Model, Tuning

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemmary import processes
 from gemmary.errors import GemmaryError
 
 __all__ = ["OrbaxEntry", "OrbaxReader", "OrbaxWriter", "is_orbax"]
@@ -51,7 +53,9 @@ class OrbaxReader:
 
         self._directory = directory.absolute()
         self._ocp = ocp
-        self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        alone = ocp.options.MultiprocessingOptions(**_alone())
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        self._checkpointer = ocp.Checkpointer(handler, multiprocessing_options=alone)
         try:
             tree = self._checkpointer.metadata(self._directory).item_metadata.tree
             leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -91,20 +95,44 @@ class OrbaxWriter:
         self._ocp = v1
         self._final = directory.absolute()
         self._aside = self._final.with_name(self._final.name + ".orbax")
-        self._context = v1.Context()
+        self._context = v1.Context(multiprocessing_options=v1.options.MultiprocessingOptions(**_alone()))
         self._context.array.saving.use_compression = False
 
     def write(self, tree: Mapping[str, Any]) -> None:
         """Add arrays (NumPy or JAX), nested as they shall be on disk."""
-        with self._context:
+        with self._context, _asking_nobody():
             self._ocp.partial.save(self._aside, dict(tree))
 
     def close(self) -> None:
         """Commit. The pytree itself becomes the directory, as Orbax's stable readers and Google's models expect it."""
-        with self._context:
+        with self._context, _asking_nobody():
             self._ocp.partial.finalize(self._aside)
         os.replace(self._aside / "state", self._final)
         shutil.rmtree(self._aside)
+
+
+def _alone() -> dict[str, Any]:
+    """Of several processes each reads and writes for itself; Orbax would have all of them wait for one another."""
+    if processes.count() == 1:
+        return {}
+    here = processes.index()
+    return {"primary_host": here, "active_processes": {here}, "barrier_sync_key_prefix": f"process_{here}"}
+
+
+@contextmanager
+def _asking_nobody() -> Iterator[None]:
+    """Orbax's saving in pieces (0.12) compares notes with all processes, also with those that are not active: here with itself."""
+    if processes.count() == 1:
+        yield
+        return
+    from orbax.checkpoint.experimental.v1._src.synchronization import multihost
+
+    asked = multihost.broadcast_one_to_all, multihost.process_allgather
+    multihost.broadcast_one_to_all = multihost.process_allgather = lambda tree, **_: tree
+    try:
+        yield
+    finally:
+        multihost.broadcast_one_to_all, multihost.process_allgather = asked
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,10 +25,13 @@ _AHEAD = 4  # batches that are made before they are asked for, by each worker
 
 
 class BatchSource:
-    """Batch i of a run, made when asked for; of every process, its rows."""
+    """Batch i of a run, made when asked for: all of its rows, or those that are asked of this process."""
 
-    def __init__(self, mixture: Mixture, packed: Mapping[str, Rows], steps: int, rows: slice) -> None:
-        self._mixture, self._steps, self._rows = mixture, steps, rows
+    def __init__(
+        self, mixture: Mixture, packed: Mapping[str, Rows], steps: int, rows: Sequence[int] | None = None
+    ) -> None:
+        self._mixture, self._steps = mixture, steps
+        self._rows = slice(None) if rows is None else list(rows)
         self._packed = [packed[name] for name in mixture.names]
 
     def __len__(self) -> int:
@@ -145,17 +148,15 @@ def mixture_batches(
     eos: int,
     pad: int,
     workers: int = 0,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Batches:
-    """`steps` batches [batch, length] of the sources, by name; of `shard_count` processes, each gets its rows of every batch.
+    """`steps` batches [batch, length] of the sources, by name; or `rows` of each, in that order, as one process of many needs them.
 
     `workers` processes make batches ahead; 0 leaves it to a thread. A source goes round again as often as its weight
     wants (see `Batches.epochs`). Raises GemmaryError, naming the setting or the source, for what cannot be.
     """
     _check(length=(length, 2), batch=(batch, 1), steps=(steps, 1), seed=(seed, 0), workers=(workers, 0))
-    if not 0 <= shard_index < shard_count or batch % shard_count:
-        raise GemmaryError(f"{shard_count} processes cannot share batches of {batch} rows: take a multiple")
+    _check_rows(rows, batch)
     settings.check_sources(sources)
     used = {name: sources[name] for name in settings.names}
     tokenizers = {tokens.info.tokenizer for tokens in used.values()}
@@ -166,9 +167,7 @@ def mixture_batches(
     order |= {"tokenizer": tokenizers.pop(), **{f"source {name}": tokens.digest for name, tokens in used.items()}}
     mixture = Mixture(settings, batch=batch, steps=steps, seed=seed)
     packed = {name: Packed(tokens, name, length=length, seed=seed, **ids) for name, tokens in used.items()}
-    share = batch // shard_count
-    source = BatchSource(mixture, packed, steps, slice(shard_index * share, (shard_index + 1) * share))
-    return Batches(mixture, packed, source, order, workers)
+    return Batches(mixture, packed, BatchSource(mixture, packed, steps, rows), order, workers)
 
 
 def row_batches(
@@ -180,21 +179,28 @@ def row_batches(
     batch: int,
     steps: int,
     seed: int,
+    rows: Sequence[int] | None = None,
 ) -> Batches:
-    """`steps` batches of rows that are made already; a source's share is its rows times its weight.
+    """`steps` batches of rows that are made already (or `rows` of each); a source's share is its rows times its weight.
 
     `order` is what else their order depends on, the digests of what is packed above all.
     """
     _check(batch=(batch, 1), steps=(steps, 1), seed=(seed, 0))
-    shares = {name: rows.rows * weights[name] for name, rows in packed.items()}
+    _check_rows(rows, batch)
+    shares = {name: one.rows * weights[name] for name, one in packed.items()}
     settings = MixtureSettings(stage=(Stage(weights=shares),))
     used = {name: packed[name] for name in settings.names}
     mixture = Mixture(settings, batch=batch, steps=steps, seed=seed)
     whole = {"length": length, "batch": batch, "steps": steps, "seed": seed, "mixture": asdict(settings), **order}
-    return Batches(mixture, used, BatchSource(mixture, used, steps, slice(batch)), whole, 0)
+    return Batches(mixture, used, BatchSource(mixture, used, steps, rows), whole, 0)
 
 
 def _check(**settings: tuple[int, int]) -> None:
     for name, (value, least) in settings.items():
         if value < least:
             raise GemmaryError(f"{name} is {value}; it is at least {least}")
+
+
+def _check_rows(rows: Sequence[int] | None, batch: int) -> None:
+    if rows is not None and not (rows and 0 <= min(rows) <= max(rows) < batch):
+        raise GemmaryError(f"rows {list(rows)[:8]} are not some of a batch of {batch}")

@@ -14,12 +14,13 @@ from gemmary.kernels.attention import (
     serves_cached,
 )
 from gemmary.kernels.choice import choose, serves_choice
-from gemmary.kernels.flash import flash_attention, serves_flash
+from gemmary.kernels.flash import CONTEXT, flash_attention, serves_flash
 from gemmary.kernels.library import instructions
 from gemmary.kernels.products import BLOCKS, Factor, lookup, products, row_bytes, serves_blocks, serves_rows
 
 __all__ = [
     "BLOCKS",
+    "CONTEXT",
     "Factor",
     "attention",
     "cached_attention",

@@ -15,7 +15,10 @@ from jaxtyping import Array, Float, Int
 from gemmary.mesh import platform
 from gemmary.spread import by_heads
 
-__all__ = ["flash_attention", "serves_flash"]
+__all__ = ["CONTEXT", "flash_attention", "serves_flash"]
+
+CONTEXT = "context"
+"""The name (`checkpoint_name`) under which a backward pass finds what attention gave, where it was kept."""
 
 _LANES = 128
 _BLOCK = 512
@@ -83,7 +86,10 @@ def _kernel(length: int, heads: int, window: int | None, softcap: float | None) 
         block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     )  # fmt: skip
     return splash.make_splash_mqa_single_device(
-        splash.MultiHeadMask([mask] * heads), block_sizes=sizes, attn_logits_soft_cap=softcap
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=CONTEXT,
     )
 
 

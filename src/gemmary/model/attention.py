@@ -99,8 +99,8 @@ def attend_among(
         segments = jnp.zeros_like(marks.positions) if marks.segments is None else marks.segments
         ends = segments + 1 if marks.ends is None else marks.ends
         return kernels.attention(q, k, v, marks.positions, segments, ends, window=window, softcap=softcap)
-    plain = marks.ends is None and not isinstance(window, jax.Array)
-    if plain and kernels.serves_flash(q.shape[1], q.shape[3], softcap):
+    plain = marks.ends is None and kernels.serves_flash(q.shape[1], q.shape[3], softcap)
+    if plain and not isinstance(window, jax.Array):
         segments = jnp.zeros_like(marks.positions) if marks.segments is None else marks.segments
         return kernels.flash_attention(q, k, v, marks.positions, segments, window=window, softcap=softcap)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)

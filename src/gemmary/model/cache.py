@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,21 @@ from gemmary.model.attention import Marks, attend, attend_among
 __all__ = ["Cache", "LayerCache", "cache_bytes", "init_cache", "write"]
 
 
+# To a type checker an array. At run time anything: shapes alone go into the same trees.
+if TYPE_CHECKING:
+    _Leaf = Array
+else:
+    _Leaf = Any
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's keys and values, and the position in each slot (-1: empty)."""
+    """One layer's keys and values [B, K, S, H], and the position in each slot [B, S] (-1: empty)."""
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
-    positions: Int[Array, "B S"]
+    k: _Leaf
+    v: _Leaf
+    positions: _Leaf
 
     def attend(
         self,

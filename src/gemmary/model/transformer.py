@@ -15,10 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gemmary.config import Config
 from gemmary.errors import GemmaryError
+from gemmary.kernels import CONTEXT
 from gemmary.mesh import platform
 from gemmary.model.attention import Marks, attend_among
 from gemmary.model.cache import LayerCache
@@ -35,10 +37,20 @@ _MANY = 1024
 Layer = LayerCache | PagedLayer
 """The cache of one layer, in one of its forms."""
 
-Remat = Literal["none", "dots", "layers"]
+Remat = Literal["none", "dots", "ffw", "layers"]
+"""What a backward pass makes again: nothing; all but matrix products and what attention gives; that and the wide products of the
+feed-forward part; whole layers."""
+
+
+def _keep(*names: str) -> Callable[..., Any]:
+    return partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
+
+
+_NARROW = ("projection", CONTEXT)
 _REMAT: dict[Remat, Callable[..., Any]] = {
     "none": lambda layer: layer,
-    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": _keep(*_NARROW, "wide"),
+    "ffw": _keep(*_NARROW),
     "layers": jax.checkpoint,
 }
 
@@ -116,6 +128,11 @@ def embed(params: Params, config: Config, tokens: Int[Array, "B T"], dtype: Any)
     return lookup(tokens, params["embed"], dtype) * jnp.asarray(config.embed_dim**0.5, dtype)
 
 
+def _named(name: str, arrays: Any) -> Any:
+    """The same, under a name by which `_REMAT` keeps it."""
+    return jax.tree.map(lambda x: checkpoint_name(x, name), arrays)
+
+
 def _attention(
     x: Float[Array, "B T D"],
     w: Params,
@@ -126,7 +143,7 @@ def _attention(
     first: bool,
 ) -> tuple[Float[Array, "B T D"], Layer | None]:
     equations = ("btd,dnh->btnh", "btd,dkh->btkh", "btd,dkh->btkh")
-    q, k, v = project_all(equations, x, (w["attn.q"], w["attn.k"], w["attn.v"]))
+    q, k, v = _named("projection", project_all(equations, x, (w["attn.q"], w["attn.k"], w["attn.v"])))
     if config.qk_norm:
         q = rms_norm(q, w["attn.q_norm"], config.norm_eps)
         k = rms_norm(k, w["attn.k_norm"], config.norm_eps)
@@ -137,7 +154,7 @@ def _attention(
         out = attend_among(q, k, v, marks, **limits)
     else:
         out, cache = cache.attend(q, k, v, marks, first=first, **limits)
-    return project("btnh,nhd->btd", out, w["attn.o"]), cache
+    return _named("projection", project("btnh,nhd->btd", checkpoint_name(out, CONTEXT), w["attn.o"])), cache
 
 
 def _feed_forward(x: Float[Array, "B T D"], w: Params) -> Float[Array, "B T D"]:
@@ -145,7 +162,7 @@ def _feed_forward(x: Float[Array, "B T D"], w: Params) -> Float[Array, "B T D"]:
     both = gated("btd,df->btf", x, w["mlp.gate"], w["mlp.up"])
     if both is not None:
         return project("btf,fd->btd", both, w["mlp.down"])
-    gate, up = project_all(("btd,df->btf",) * 2, x, (w["mlp.gate"], w["mlp.up"]))
+    gate, up = _named("wide", project_all(("btd,df->btf",) * 2, x, (w["mlp.gate"], w["mlp.up"])))
 
     # A backward pass makes what lies between the matrix products again: it is the widest of all activations, five times
     # over, and quicker made than kept.
@@ -153,7 +170,7 @@ def _feed_forward(x: Float[Array, "B T D"], w: Params) -> Float[Array, "B T D"]:
     def down(gate: Array, up: Array, weight: Any) -> Array:
         return project("btf,fd->btd", jax.nn.gelu(gate, approximate=True) * up, weight)
 
-    out: Array = down(gate, up, w["mlp.down"])
+    out: Array = _named("projection", down(gate, up, w["mlp.down"]))
     return out
 
 
@@ -200,8 +217,7 @@ def hidden(
 
     `marks` gives each token's position (default: 0, 1, 2, …) and, for packed documents, its segment. With a cache,
     layers must be unstacked and tokens at most its chunk; `first` says that it is empty, so that the tokens have only
-    themselves to see. `remat` says what a backward pass makes again instead of
-    keeping: nothing, all but the layers' matrix products ("dots"), or whole layers ("layers"). Raises GemmaryError for
+    themselves to see. `remat` says what a backward pass makes again instead of keeping. Raises GemmaryError for
     fp16 activations.
     """
     if marks is None:

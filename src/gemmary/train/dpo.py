@@ -11,17 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gemmary.adapters import join
 from gemmary.config import Config
 from gemmary.data.packing import Batch, stacked
 from gemmary.data.turns import PairBatch
 from gemmary.errors import check_bounds
+from gemmary.mesh import using
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.finetune import TuneSettings, learner, tune
 from gemmary.train.head import Head
 from gemmary.train.loop import Report
+from gemmary.train.meshed import fed, host
 from gemmary.train.objectives import dpo_loss, sequence_log_probs
 from gemmary.train.reward import Pairs, judged, margins, packed_pairs, pair_digests
 from gemmary.train.run import Ended, Say
@@ -60,11 +63,12 @@ def dpo(
     seed: int = 0,
     base: str = "",
     digest: str = "",
+    mesh: Mesh | None = None,
     report: Report = lambda entry: None,
     say: Say = lambda line: None,
 ) -> Ended:
     """Run, or go on; the parameters of the least held-out loss are kept. Raises GemmaryError as `sft` does."""
-    pupil = learner(settings, config, params, tokenizer, seed=seed, base=base)
+    pupil = learner(settings, config, params, tokenizer, seed=seed, base=base, mesh=mesh)
     reference = join(jax.tree.map(jnp.array, pupil.learnt), pupil.rest)
     head, dtype = settings.head(config), jnp.dtype(settings.dtype)
     log_probs = partial(_log_probs, config=config, head=head, dtype=dtype)
@@ -72,10 +76,14 @@ def dpo(
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         policy = join(state.params, pupil.rest)
+
+        def beyond(batch: PairBatch) -> list[float]:
+            with using(mesh):
+                given = fed(mesh, batch, 1)
+                return margins(host(log_probs(policy, given) - log_probs(reference, given)), batch.partner)
+
         found = [
-            margin for rows in unseen for items in rows.in_order()
-            for batch in [stacked([rows.row(items)])]
-            for margin in margins(np.asarray(log_probs(policy, batch) - log_probs(reference, batch)), batch.partner)
+            margin for rows in unseen for items in rows.in_order() for margin in beyond(stacked([rows.row(items)]))
         ]  # fmt: skip
         return {"held_out_pairs": judged(settings.beta * np.array(found))} if found else {}
 

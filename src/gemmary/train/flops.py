@@ -6,21 +6,17 @@ not the model's: model FLOPs utilization (MFU; Chowdhery et al., arXiv 2204.0231
 
 from __future__ import annotations
 
+import math
 import time
 
 import jax
 import jax.numpy as jnp
 
 from gemmary.config import Config
+from gemmary.hardware import chip_of
 from gemmary.params import count
 
 __all__ = ["peak_flops", "train_flops"]
-
-# Dense bf16 (fp32 accumulation) per chip, from the makers' data sheets; the first name that the device's kind contains.
-_PEAKS = {
-    "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v6": 918e12, "v4": 275e12,
-    "h200": 989e12, "h100": 989e12, "a100": 312e12, "l4": 121e12,
-}  # fmt: skip
 
 
 def train_flops(config: Config, length: int) -> float:
@@ -39,9 +35,9 @@ def train_flops(config: Config, length: int) -> float:
 def peak_flops() -> float:
     """Operations a second of all devices: a data sheet's figure, or on a CPU what its own matrix products reach."""
     device = jax.devices()[0]
-    kind = device.device_kind.lower()
     if device.platform != "cpu":
-        return next((peak for name, peak in _PEAKS.items() if name in kind), float("nan")) * jax.device_count()
+        chip = chip_of(device.device_kind)
+        return (chip.flops if chip else math.nan) * jax.device_count()
     a = jnp.ones((2048, 1024), jnp.float32)
     product = jax.jit(lambda a: a @ a.T)
     product(a).block_until_ready()

@@ -21,16 +21,22 @@ _LINES, _CURVE = "metrics.jsonl", "curve.png"
 class Journal:
     """The record of one run in its folder. Going on from a step forgets what was written of later ones.
 
-    A disk that takes no lines ends no run: `say` is told, and they are written when it takes them again.
+    A disk that takes no lines ends no run: `say` is told, and they are written when it takes them again. One that is not `kept`
+    (of many processes' all but one) writes nothing.
     """
 
     def __init__(
-        self, folder: Path, *, tensorboard: bool = False, say: Callable[[str], None] = lambda line: None
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+        kept: bool = True,
     ) -> None:
-        self._folder, self._say = folder, say
+        self._folder, self._say, self._kept = folder, say, kept
         self._behind = False
         self.entries: list[dict[str, Any]] = read_entries(folder / _LINES)
-        self._board: Any = _board(folder / "tensorboard") if tensorboard else None
+        self._board: Any = _board(folder / "tensorboard") if tensorboard and kept else None
 
     def go_on_from(self, step: int) -> None:
         """Keep only what was written up to this step."""
@@ -44,7 +50,7 @@ class Journal:
         with self._on_disk():
             if self._behind:
                 self._rewrite()
-            else:
+            elif self._kept:
                 with (self._folder / _LINES).open("a", encoding="utf-8") as out:
                     out.write(_line(entry))
         if self._board is not None:
@@ -60,9 +66,12 @@ class Journal:
         with self._on_disk():
             if self._behind:
                 self._rewrite()
-            draw_curve(self.entries, self._folder / _CURVE)
+            if self._kept:
+                draw_curve(self.entries, self._folder / _CURVE)
 
     def _rewrite(self) -> None:
+        if not self._kept:
+            return
         write_whole(self._folder / _LINES, "".join(_line(entry) for entry in self.entries).encode())
 
     @contextmanager

@@ -15,18 +15,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from gemmary.errors import GemmaryError
+from gemmary.stopping import Stopping
+from gemmary.train.endurance import Endurance, Watched
 from gemmary.train.journal import Journal
 from gemmary.train.saving import Checkpoints
 from gemmary.train.step import Step, TrainState
 
-__all__ = ["Hook", "LoopSettings", "Report", "Stream", "fit"]
+__all__ = ["Hook", "LoopSettings", "Report", "Stream", "fit", "is_over"]
 
 
 class Stream(Protocol):
@@ -59,6 +61,8 @@ class LoopSettings:
     spike: float = 3.0
     """Stop where the loss is so many nats above the median of the last 50 steps'."""
     tensorboard: bool = False
+    watch: Watched = field(default_factory=Watched)
+    """Of what is not in a step: see `endurance`."""
 
 
 _RECENT = 50
@@ -75,6 +79,7 @@ def fit(
     *,
     journal: Journal,
     checkpoints: Checkpoints,
+    watch: Endurance,
     describe: Describe,
     hooks: Sequence[Hook] = (),
     report: Report = lambda entry: None,
@@ -90,34 +95,46 @@ def fit(
     saved = done if checkpoints.newest() else -1
     with _asked_to_stop() as asked, _nothing_half_written(checkpoints):
         started = time.perf_counter()
-        stopped = bool(journal.entries) and "stop" in journal.entries[-1]
-        while done < settings.steps and not asked.is_set() and not stopped:
-            state, means = step(state, next(batches))
+        stopped = is_over(done, settings, journal)
+        while not stopped and not asked.due(done):
+            state, means = watch.taken(step, state, watch.fetched(batches))
             done += 1
             since.append(means)
             last = done == settings.steps
             due = [hook for hook in hooks if last or (hook.every and done % hook.every == 0)]
-            saves = last or asked.is_set() or (settings.save_every and done % settings.save_every == 0)
+            saves = last or asked.due(done) or (settings.save_every and done % settings.save_every == 0)
             if saves or due or done % settings.log_every == 0:
                 _check(since, recent, done, settings.spike, checkpoints)
                 seconds = (time.perf_counter() - started) / len(since)
                 entry = {"step": done, **describe(_means(since), seconds, done)}
-                for hook in due:
-                    entry |= hook.run(state)
-                stopped = "stop" in entry
-                saves = saves or stopped
-                journal.write(entry)
-                report(entry)
+                with watch.at("evaluation"):
+                    for hook in due:
+                        entry |= hook.run(state)
+                    journal.write(entry | watch.entry())
+                    report(journal.entries[-1])
+                stopped = last or "stop" in entry
                 since = []
-                if saves:
-                    checkpoints.save(state, batches.state())
+                if saves or stopped:
+                    _save(state, batches, checkpoints, watch)
                     saved = done
                 started = time.perf_counter()
         if done != saved:  # asked between two saves, or before the first step: the place to go on from is this one
             _check(since, recent, done, settings.spike, checkpoints)
-            checkpoints.save(state, batches.state())
-        checkpoints.finish()
-    return state, stopped or done >= settings.steps
+            _save(state, batches, checkpoints, watch)
+        with watch.at("saving"):
+            checkpoints.finish()
+    return state, stopped
+
+
+def is_over(done: int, settings: LoopSettings, journal: Journal) -> bool:
+    """Are all steps done, or did a hook say why to stop?"""
+    return done >= settings.steps or (bool(journal.entries) and "stop" in journal.entries[-1])
+
+
+def _save(state: TrainState, batches: Stream, checkpoints: Checkpoints, watch: Endurance) -> None:
+    with watch.at("saving"):
+        checkpoints.save(state, batches.state())
+    watch.saved(int(state.step))
 
 
 def _means(since: list[dict[str, jax.Array]]) -> dict[str, float]:
@@ -157,21 +174,22 @@ def _nothing_half_written(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """Set by SIGTERM and Ctrl-C while it lasts; a second Ctrl-C is obeyed at once."""
-    asked = threading.Event()
+def _asked_to_stop() -> Iterator[Stopping]:
+    """By SIGTERM and Ctrl-C while it lasts; a second Ctrl-C is obeyed at once."""
+    asked = Stopping()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def on_signal(number: int, _: Any) -> None:
-        if asked.is_set() and number == signal.SIGINT:
+        if asked.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        asked.ask()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
+        asked.close()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

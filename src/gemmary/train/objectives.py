@@ -14,12 +14,14 @@ from jaxtyping import Array, Float
 from gemmary.config import Config
 from gemmary.data.packing import Batch
 from gemmary.data.turns import PairBatch
+from gemmary.eight import Eight
 from gemmary.model.attention import Marks
 from gemmary.model.transformer import Remat, hidden
 from gemmary.params import Params
 from gemmary.train.head import Head
 from gemmary.train.losses import packed_loss, token_log_probs
 from gemmary.train.step import Loss, Sums
+from gemmary.weights import map_rows
 
 __all__ = [
     "dpo_loss",
@@ -32,10 +34,14 @@ __all__ = [
 ]
 
 
-def language_loss(config: Config, *, head: Head, dtype: Any = jnp.float32, remat: Remat = "none") -> Loss:
-    """Next-token prediction over packed rows; reports `loss`, in nats for each token that counts."""
+def language_loss(
+    config: Config, *, head: Head, dtype: Any = jnp.float32, remat: Remat = "none", int8: bool = False
+) -> Loss:
+    """Next-token prediction over packed rows; reports `loss`, in nats for each token that counts. `int8`: see `eight`."""
 
     def loss(params: Params, batch: Batch, rng: Array) -> Sums:
+        if int8:
+            params = map_rows(params, lambda name, w: Eight(w), lambda spec: spec.layered and bool(spec.reads))
         total, nats = packed_loss(params, config, batch, head, dtype=dtype, remat=remat)
         return Sums(total, jnp.sum(batch.mask), {"loss": nats})
 

@@ -17,16 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
 from gemmary.adapters import join
 from gemmary.config import Config
 from gemmary.data.packing import Batch, stacked
 from gemmary.data.tokens import Tokens
 from gemmary.data.turns import PackedPairs, PairBatch
+from gemmary.mesh import using
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.finetune import Learner, TuneSettings, learner, tune
 from gemmary.train.loop import Report
+from gemmary.train.meshed import fed, host
 from gemmary.train.objectives import preference_loss, scores
 from gemmary.train.run import Ended, Say
 from gemmary.train.step import TrainState
@@ -58,11 +61,12 @@ def reward(
     seed: int = 0,
     base: str = "",
     digest: str = "",
+    mesh: Mesh | None = None,
     report: Report = lambda entry: None,
     say: Say = lambda line: None,
 ) -> Ended:
     """Run, or go on; the parameters of the least held-out loss are kept. Raises GemmaryError as `sft` does."""
-    pupil = learner(settings, config, params, tokenizer, seed=seed, base=base, score=True)
+    pupil = learner(settings, config, params, tokenizer, seed=seed, base=base, score=True, mesh=mesh)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         found = verdicts(pupil, state.params, held_out, settings)
@@ -126,7 +130,9 @@ def verdicts(pupil: Learner, learnt: Params, held_out: Mapping[str, Pairs], sett
         for at in range(0, len(order), rows):
             made = [packed.row(items) for items in order[at : at + rows]]
             batch = stacked(made + [packed.row([])] * (rows - len(made)))
-            found = np.asarray(_scores(learnt, pupil.rest, batch, pupil.config, jnp.dtype(settings.dtype)))
+            with using(pupil.mesh):
+                given = fed(pupil.mesh, batch, rows)
+                found = host(_scores(learnt, pupil.rest, given, pupil.config, jnp.dtype(settings.dtype)))
             sources.setdefault(name, []).extend(margins(found, batch.partner))
             items = [i for row_items in order[at : at + rows] for i in row_items]
             longer += [int(pairs.chosen.lengths[i] - pairs.rejected.lengths[i]) for i in items]

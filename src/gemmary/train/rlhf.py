@@ -7,11 +7,15 @@ Ahmadian et al., arXiv 2402.14740; Kool et al. 2019). One step is taken on each 
 The policy is watched on held-out prompts, answered greedily: true success where it can be told, reward, length, repetition, and
 how often it does better than the reference. Where success has fallen while the reward rose, the reward is being gamed and the run
 stops; the parameters of the highest success are kept.
+
+On a mesh each process answers its share of the prompts with a copy of the parameters of its own, and judges what it answered; then
+all know all, and the update is one step of all devices. One process watches.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,20 +27,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
-from gemmary.adapters import join
+from gemmary import processes
 from gemmary.config import Config
 from gemmary.data.batches import row_batches
 from gemmary.data.instructions import OnError
 from gemmary.data.packing import Batch
 from gemmary.data.turns import PromptBatch, Prompts
 from gemmary.errors import GemmaryError, check_bounds
+from gemmary.mesh import using
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.finetune import Learner, TuneSettings, describe, learner
+from gemmary.train.head import Head
 from gemmary.train.journal import read_entries
 from gemmary.train.loop import Hook, LoopSettings, Report
-from gemmary.train.losses import Head
+from gemmary.train.meshed import check_rows, fed, made, undivided
 from gemmary.train.objectives import policy_loss, target_log_probs
 from gemmary.train.optimizer import optimizer
 from gemmary.train.rewards import Reward, rewarded
@@ -109,6 +116,7 @@ def rlhf(
     seed: int = 0,
     base: str = "",
     start: str = "",
+    mesh: Mesh | None = None,
     report: Report = lambda entry: None,
     say: Say = lambda line: None,
 ) -> Ended:
@@ -117,7 +125,10 @@ def rlhf(
     Raises GemmaryError as `learner` and `run` do, for prompts that leave no room for an answer, and where a reward cannot judge
     and the settings refuse that.
     """
-    pupil = learner(settings, config, params, tokenizer, seed=seed, base=base)
+    pupil = learner(settings, config, params, tokenizer, seed=seed, base=base, mesh=mesh)
+    check_rows("rlhf", settings.batch, 1, mesh)
+    for line in undivided(config, mesh):
+        say(line)
     prompts = {name: some for name, some in prompts.items() if some and weights[name] > 0}
     _room(settings, config, [*(p for some in prompts.values() for p in some), *held_out])
     names = sorted(prompts)
@@ -126,7 +137,7 @@ def rlhf(
     batches = row_batches(rows, weights, {"prompts": digest}, length=1, batch=settings.prompts, steps=steps, seed=seed)
     rule = optimizer(settings.optimizer, steps)
     head, dtype = settings.head(config), jnp.dtype(settings.dtype)
-    update = make_step(policy_loss(config, head=head, dtype=dtype, remat=settings.remat), rule)
+    update = make_step(policy_loss(config, head=head, dtype=dtype, remat=settings.remat), rule, mesh=mesh)
     learning = _Learning(
         settings, pupil, _reference(pupil), reward, [prompts[n] for n in names], seed, update, head, say
     )
@@ -134,8 +145,12 @@ def rlhf(
     watch = Hook(settings.evaluate_every, _Watch(learning, watched, success, folder)) if watched else None
     kept = [keep_best(watch, folder, pupil.files, _regret)] if watch else []
     tokens = settings.prompts * settings.answers * settings.max_new_tokens
+
+    def begun(params: Params) -> TrainState:
+        return init_state(params, rule, jax.random.key(seed))
+
     return run(
-        folder, init_state(pupil.learnt, rule, jax.random.key(seed)), batches, lambda state: learning.step, files=pupil.files,
+        folder, made(mesh, begun, pupil.learnt), batches, lambda state: learning.step, files=pupil.files,
         identity=pupil.identity(seed=seed, rlhf=settings.decisive(), prompts=digest, start=start), settings=settings.loop(steps),
         describe=describe(settings, steps, tokens, shares=batches.shares), before=watch.run if watch else None, hooks=kept,
         report=report, say=say,
@@ -154,7 +169,7 @@ def _room(settings: RlhfSettings, config: Config, prompts: Sequence[Prompt]) -> 
 
 def _reference(pupil: Learner) -> Params:
     """What the penalty pulls towards. Copied, since a step takes the memory of what it changes."""
-    return join(jax.tree.map(jnp.array, pupil.learnt), pupil.rest)
+    return pupil.whole(jax.tree.map(jnp.array, pupil.learnt))
 
 
 class _Learning:
@@ -179,21 +194,19 @@ class _Learning:
         settings, count = self.settings, self.settings.answers
         chosen = zip(batch.source.tolist(), batch.prompt.tolist(), strict=True)
         asked = [self._prompts[source][i] for source, i in chosen for _ in range(count)]
-        rollouts = self.answers(
-            join(state.params, self.pupil.rest), asked, seeds(self._seed, int(state.step), len(asked))
-        )
-        found = rewarded(self.reward, rollouts)
+        rollouts, found, reference = self._judged(state, asked)
         known = np.array([value is not None for value in found])
         if not known.all():
             self._unjudged([one for one, value in zip(rollouts, found, strict=True) if value is None])
         worth = np.array([value or 0.0 for value in found])
-        reference = self._reference_log_probs(rollouts)
         ratio = np.array([sum(one.log_probs) for one in rollouts]) - reference
         ended = np.array([one.finished for one in rollouts])
         values = worth - settings.unfinished * ~ended - settings.beta * ratio
         gain = advantages(values.reshape(-1, count), known.reshape(-1, count)).ravel()
         rows, _ = as_batch(rollouts, gain.tolist(), settings.length, self.pupil.tokenizer.pad, settings.batch)
-        state, means = self._update(state, rows, self.pupil.rest)
+        mesh = self.pupil.mesh
+        with using(mesh):
+            state, means = self._update(state, fed(mesh, rows, len(rows.tokens)), self.pupil.rest)
         about = {
             "reward": float(worth[known].mean()) if known.any() else 0.0,
             "kl": float(ratio.mean()),
@@ -202,6 +215,28 @@ class _Learning:
             "unjudged": float((~known).mean()),
         }
         return state, {**means, **about}
+
+    def _judged(self, state: TrainState, asked: list[Prompt]) -> tuple[list[Rollout], list[float | None], Float]:
+        """An answer to each, with its reward and its log-probability under the reference: of several processes each makes some."""
+        drawn = seeds(self._seed, int(state.step), len(asked))
+        mine = range(processes.index(), len(asked), processes.count())
+        params = self.pupil.whole(state.params)
+        rollouts = self.answers(params, [asked[i] for i in mine], [drawn[i] for i in mine]) if mine else []
+        found = rewarded(self.reward, rollouts) if mine else []
+        reference = self._reference_log_probs(rollouts) if mine else np.zeros(0)
+        if processes.count() == 1:
+            return rollouts, found, reference
+        told = [
+            (one.ids, one.log_probs, one.text, one.finished, value, log_prob)
+            for one, value, log_prob in zip(rollouts, found, reference.tolist(), strict=True)
+        ]
+        shares = [json.loads(data) for data in processes.gathered(json.dumps(told).encode())]
+        every = [shares[i % len(shares)][i // len(shares)] for i in range(len(asked))]
+        all_rollouts = [
+            Rollout(prompt, tuple(ids), tuple(log_probs), text, finished)
+            for prompt, (ids, log_probs, text, finished, *_) in zip(asked, every, strict=True)
+        ]
+        return all_rollouts, [one[4] for one in every], np.array([one[5] for one in every])
 
     def _reference_log_probs(self, rollouts: list[Rollout]) -> Float:
         """Of each answer, under the reference."""
@@ -250,10 +285,15 @@ class _Watch:
         self._before: list[Float] | None = None
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
-        learning, step = self._learning, int(state.step)
+        params, step = self._learning.pupil.whole(state.params), int(state.step)
+        found: dict[str, Any] = processes.from_first("watched", lambda: self._watched(params, step))
+        return found
+
+    def _watched(self, params: Params, step: int) -> dict[str, Any]:
+        learning = self._learning
         if self._before is None:
             self._before = self._judged(learning.answers(learning.reference, self._prompts, None))
-        rollouts = learning.answers(join(state.params, learning.pupil.rest), self._prompts, None)
+        rollouts = learning.answers(params, self._prompts, None)
         now = self._judged(rollouts)
         found = watch_answers(rollouts, *now) | {"win_rate": win_rate(now, self._before)}
         past = [

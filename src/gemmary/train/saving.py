@@ -6,6 +6,8 @@
       state.json               step, key, place in the data, and what the run was begun with
       manifest.json            size and SHA-256 of every other file
 
+Of a run of several processes it has `parts/` (see `parts`) in the place of the first two: each process writes what its devices hold.
+
 A checkpoint is written aside and renamed when it is whole, so a name that is there is a whole checkpoint or a damaged one;
 a damaged one is passed over. A save that fails (a full disk, an error of the device) leaves the older ones as they are.
 """
@@ -18,26 +20,28 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax.sharding import NamedSharding
 
+from gemmary import processes
 from gemmary.checkpoints.checkpoint import read_json, staged
 from gemmary.checkpoints.manifest import to_disk, verify_manifest, write_manifest
-from gemmary.checkpoints.native import NativeWriter, open_native
-from gemmary.checkpoints.peft import read_adapter, write_adapter
-from gemmary.config import Config
 from gemmary.errors import GemmaryError
-from gemmary.params import TABLE, Params, is_stacked, layered_names, stack
-from gemmary.text.tokenizer import Tokenizer
+from gemmary.params import Params
+from gemmary.processes import Lost
+from gemmary.train.model_files import PARAMS, ModelFiles
+from gemmary.train.parts import in_parts, opened, pieces_here, write_together
 from gemmary.train.step import TrainState
 
-__all__ = ["AdapterFiles", "Checkpoints", "ModelFiles", "NativeFiles", "Restored"]
+__all__ = ["Checkpoints", "Restored"]
 
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
+_OPT_STATE = "opt_state"
 _VERSION = 1
 
 
@@ -49,71 +53,6 @@ class Restored:
     data: dict[str, Any]
     path: Path
     damaged: list[str]
-
-
-class ModelFiles(Protocol):
-    """How a run's parameters lie on disk."""
-
-    @property
-    def name(self) -> str:
-        """The folder's."""
-        ...
-
-    def write(self, path: Path, params: Params) -> None:
-        """Write them into a new folder at `path`."""
-        ...
-
-    def read(self, path: Path, like: Params) -> Params:
-        """What was written, in the form of `like`."""
-        ...
-
-
-@dataclass(frozen=True)
-class NativeFiles:
-    """A whole model, with its tokenizer."""
-
-    config: Config
-    tokenizer: Tokenizer | None
-    name: str = "model"
-
-    def write(self, path: Path, params: Params) -> None:
-        """As a native checkpoint."""
-        path.mkdir()
-        writer = NativeWriter(path, self.config, self.tokenizer)
-        weights = {}
-        for name, layer in layered_names(self.config):
-            weight = params[name]
-            weights[name, layer] = weight[layer] if TABLE[name].layered else weight
-        writer.write(weights)
-        writer.close()
-
-    def read(self, path: Path, like: Params) -> Params:
-        """In fp32; the files are taken to be verified."""
-        with open_native(path, verify=False) as checkpoint:
-            params = checkpoint.params(jnp.float32)
-        return stack(params) if is_stacked(like) else params
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """Adapters alone, as PEFT keeps them; `base` names what they adapt."""
-
-    config: Config
-    base: str
-    name: str = "adapter"
-
-    def write(self, path: Path, params: Params) -> None:
-        """As PEFT's two files."""
-        path.mkdir()
-        write_adapter(path, self.config, params, base=self.base)
-
-    def read(self, path: Path, like: Params) -> Params:
-        """In fp32; the files are taken to be verified."""
-        found = read_adapter(path, self.config)
-        params: Params = {**found.weights, **found.extra}
-        learnt = {name: jax.tree.map(jnp.asarray, params[name]) for name in like}
-        stacked = {name for name in like if TABLE[name].layered and not isinstance(like[name], tuple)}
-        return {name: jax.tree.map(lambda *x: jnp.stack(x), *w) if name in stacked else w for name, w in learnt.items()}
 
 
 class Checkpoints:
@@ -137,6 +76,7 @@ class Checkpoints:
         self._keep, self._say = keep, say
         self._writing: threading.Thread | None = None
         self._failed: str | None = None
+        self._lost: Lost | None = None
         self._damaged: set[Path] = set()
         for left in folder.glob(".step_*.partial"):  # a save that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -151,7 +91,6 @@ class Checkpoints:
         Never raises for the disk's sake: what fails is said, and the run goes on.
         """
         self.wait()
-        arrays = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, state.opt_state))
         key = np.asarray(jax.random.key_data(state.rng)).tolist()
         about = {
             "format": _VERSION,
@@ -160,7 +99,9 @@ class Checkpoints:
             "data": dict(data),
             "begun_with": self._identity,
         }
-        self._writing = threading.Thread(target=self._write, args=(*arrays, about), name="checkpoint")
+        path = self._folder / f"step_{about['step']:08d}"
+        put = self._whole_state(path, state, about) if processes.count() == 1 else _parts_of_state(path, state, about)
+        self._writing = threading.Thread(target=self._write, args=(path, put), name="checkpoint")
         self._writing.start()
 
     def wait(self) -> None:
@@ -168,6 +109,8 @@ class Checkpoints:
         if self._writing is not None:
             self._writing.join()
             self._writing = None
+        if self._lost is not None:
+            raise self._lost
 
     def finish(self) -> None:
         """Wait; raises GemmaryError where the last save failed, naming the newest checkpoint there is."""
@@ -177,29 +120,43 @@ class Checkpoints:
             kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
             raise GemmaryError(f"the last save failed: {self._failed}; {kept}")
 
-    def _write(self, params: Params, opt_state: Any, about: dict[str, Any]) -> None:
-        path = self._folder / f"step_{about['step']:08d}"
+    def _whole_state(self, path: Path, state: TrainState, about: dict[str, Any]) -> Callable[[], None]:
+        """What writes it, as it is now, from one process."""
+        params, opt_state = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, state.opt_state))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
-        try:
-            if path in self._damaged:
-                shutil.rmtree(path, ignore_errors=True)
-                self._damaged.discard(path)
+
+        def put() -> None:
             with staged(path, int(1.05 * size)) as stage:
                 self._files.write(stage / self._files.name, params)
                 leaves = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(opt_state))}
                 safetensors.numpy.save_file(leaves, stage / _OPTIMIZER)
-                (stage / _STATE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+                (stage / _STATE).write_text(_as_text(about), encoding="utf-8")
                 write_manifest(stage)
             to_disk(self._folder)  # before older ones go
+
+        return put
+
+    def _write(self, path: Path, put: Callable[[], None]) -> None:
+        try:
+            if path in self._damaged:
+                if processes.is_first():
+                    shutil.rmtree(path, ignore_errors=True)
+                self._damaged.discard(path)
+            put()
             self._failed = None
+        except Lost as error:
+            self._lost = error
+            return
         except Exception as error:  # of the disk's and Orbax's many kinds none may end a run that has good checkpoints
             line = str(error).strip().splitlines()
             self._failed = line[0][:300] if line else type(error).__name__
-            self._say(f"checkpoint of step {about['step']} failed: {self._failed}")
+            self._say(f"checkpoint of step {_step(path)} failed: {self._failed}")
+            return
+        if not processes.is_first():
             return
         kept = self._whole()[-self._keep :]
         for old in self._all():
-            if old not in kept and _step(old) < about["step"]:
+            if old not in kept and _step(old) < _step(path):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _all(self) -> list[Path]:
@@ -216,10 +173,14 @@ class Checkpoints:
         Raises GemmaryError where all are damaged, or where the run was begun with something else, by name.
         """
         damaged: list[str] = []
-        for path in reversed(self._all()):
+        every: list[str] = processes.from_first("checkpoints", lambda: [path.name for path in self._all()])
+        share = processes.index(), processes.count()
+        for path in (self._folder / name for name in reversed(every)):
             try:
-                verify_manifest(path)
+                processes.agreed("verify", lambda path=path: verify_manifest(path, share))  # type: ignore[misc]
                 about = read_json(path / _STATE)
+            except Lost:
+                raise
             except (GemmaryError, OSError) as error:  # OSError: what cannot be read
                 damaged.append(str(error))
                 self._damaged.add(path)
@@ -240,16 +201,57 @@ class Checkpoints:
                 "put them back to resume it, or give another --out to begin anew"
             )
 
+    def export(self, like: Params) -> Path:
+        """The newest checkpoint's parameters as `ModelFiles` writes them: its own, or made of its parts, in `whole/` beside."""
+        newest = self.newest()
+        assert newest is not None
+        if not in_parts(newest):
+            return newest / self._files.name
+        whole = self._folder.parent / "whole"
+        made = whole / newest.name
+        if not (made / self._files.name).is_dir():
+            shutil.rmtree(made, ignore_errors=True)
+            with opened(newest) as pieces, staged(made, 0) as stage:
+                self._files.write_parts(stage / self._files.name, pieces, like)
+        for other in whole.iterdir():
+            if other != made:
+                shutil.rmtree(other, ignore_errors=True)
+        return made / self._files.name
+
     def _read(self, path: Path, about: dict[str, Any], like: TrainState) -> TrainState:
+        step = _laid(np.asarray(about["step"], np.int32), like.step)
+        key = _laid(np.asarray(about["rng"], np.uint32), like.step)
+        rng = jax.random.wrap_key_data(key)
+        if in_parts(path):
+            with opened(path) as pieces:
+                return TrainState(pieces.fill(PARAMS, like.params), pieces.fill(_OPT_STATE, like.opt_state), step, rng)
         params = self._files.read(path / self._files.name, like.params)
         leaves, form = jax.tree.flatten(like.opt_state)
         with safetensors.safe_open(path / _OPTIMIZER, "numpy") as file:
             names = sorted(file.keys())
             if len(names) != len(leaves):
                 raise GemmaryError(f"{path}: its optimizer is another one")
-            stored = [jnp.array(file.get_tensor(name)) for name in names]
-        rng = jax.random.wrap_key_data(jnp.asarray(about["rng"], jnp.uint32))
-        return TrainState(params, jax.tree.unflatten(form, stored), jnp.asarray(about["step"], jnp.int32), rng)
+            stored = [_laid(file.get_tensor(name), leaf) for name, leaf in zip(names, leaves, strict=True)]
+        return TrainState(jax.tree.map(_laid, params, like.params), jax.tree.unflatten(form, stored), step, rng)
+
+
+def _as_text(about: dict[str, Any]) -> str:
+    return json.dumps(about, indent=1) + "\n"
+
+
+def _parts_of_state(path: Path, state: TrainState, about: dict[str, Any]) -> Callable[[], None]:
+    """What writes it, as it is now, with the other processes."""
+    pieces = pieces_here(PARAMS, state.params) + pieces_here(_OPT_STATE, state.opt_state)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    return lambda: write_together(path, pieces, {_STATE: _as_text(about)}, int(1.05 * size))
+
+
+def _laid(array: Any, like: jax.Array) -> jax.Array:
+    """An array where another one lies."""
+    if isinstance(like.sharding, NamedSharding):
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, like.sharding, lambda at: whole[at])
+    return jnp.array(array)
 
 
 def _step(path: Path) -> int:

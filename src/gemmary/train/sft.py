@@ -12,18 +12,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gemmary.adapters import join
 from gemmary.config import Config
 from gemmary.data.packing import Batch, stacked
 from gemmary.data.tokens import Tokens
 from gemmary.data.turns import PackedDialogues, lay_out, pack
+from gemmary.mesh import using
 from gemmary.params import Params
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.finetune import Learner, TuneSettings, learner, tune
 from gemmary.train.head import Head
 from gemmary.train.loop import Report
 from gemmary.train.losses import packed_loss
+from gemmary.train.meshed import fed, rows_of_a_device
 from gemmary.train.objectives import language_loss
 from gemmary.train.run import Ended, Say
 from gemmary.train.step import TrainState
@@ -44,6 +47,7 @@ def sft(
     seed: int = 0,
     base: str = "",
     digest: str = "",
+    mesh: Mesh | None = None,
     report: Report = lambda entry: None,
     say: Say = lambda line: None,
 ) -> Ended:
@@ -51,13 +55,14 @@ def sft(
 
     Raises GemmaryError as `learner` and `run` do, and for a conversation longer than a row.
     """
-    pupil = learner(settings, config, params, tokenizer, seed=seed, base=base)
+    pupil = learner(settings, config, params, tokenizer, seed=seed, base=base, mesh=mesh)
     packed = {
         name: PackedDialogues(tokens, name, length=settings.length, seed=seed, pad=tokenizer.pad)
         for name, tokens in sources.items()
         if weights[name] > 0
     }
-    loss = language_loss(config, head=settings.head(config), dtype=jnp.dtype(settings.dtype), remat=settings.remat)
+    head = settings.head(config, rows=rows_of_a_device(pupil.mesh, settings.batch // settings.accumulate))
+    loss = language_loss(config, head=head, dtype=jnp.dtype(settings.dtype), remat=settings.remat)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         found = held_out_loss(pupil, state.params, held_out, settings)
@@ -84,7 +89,9 @@ def held_out_loss(
     head = settings.head(pupil.config, rows=rows)
     for name, tokens in held_out.items():
         for batch in _in_rows(tokens, settings.length, rows, pupil.tokenizer.pad):
-            found = _nats(learnt, pupil.rest, batch, pupil.config, head, jnp.dtype(settings.dtype))
+            with using(pupil.mesh):
+                given = fed(pupil.mesh, batch, rows)
+                found = _nats(learnt, pupil.rest, given, pupil.config, head, jnp.dtype(settings.dtype))
             nats[name] = nats.get(name, 0.0) + float(found)
             counts[name] = counts.get(name, 0.0) + float(batch.mask.sum())
     if not counts:
