@@ -29,10 +29,11 @@ from gemmary import processes
 from gemmary.checkpoints import open_model
 from gemmary.checkpoints.manifest import verify_manifest
 from gemmary.errors import GemmaryError
+from gemmary.params import undivided
 from gemmary.presets import nano
 from gemmary.train.dpo import DpoSettings, dpo
 from gemmary.train.finetune import LoraSettings, TuneSettings
-from gemmary.train.meshed import MeshSettings, check_rows, fed, rows_here, undivided
+from gemmary.train.meshed import MeshSettings, check_rows, fed, rows_here
 from gemmary.train.parts import Pieces, opened, pieces_here, write_pieces
 from gemmary.train.sft import sft
 

@@ -192,7 +192,9 @@ def test_heads_that_are_too_few_are_repeated() -> None:
     with using(make_mesh(data=2, model=4)):
         found = jax.jit(lambda *x: by_heads(local, *x))(q, k, v)
     np.testing.assert_allclose(found, local(q, k, v), rtol=1e-4, atol=1e-4)
-    assert found.sharding.is_equivalent_to(NamedSharding(make_mesh(data=2, model=4), PartitionSpec("data", None, "model")), 4)
+    assert found.sharding.is_equivalent_to(
+        NamedSharding(make_mesh(data=2, model=4), PartitionSpec("data", None, "model")), 4
+    )
 
 
 def test_without_a_mesh_nothing_is_moved() -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gemmary.config import Config
-from gemmary.mesh import replicated, storage_sharding
+from gemmary.mesh import STORAGE, replicated, storage_sharding, storage_spec
 
 __all__ = [
     "TABLE",
@@ -33,6 +33,7 @@ __all__ = [
     "shardings",
     "stack",
     "table",
+    "undivided",
     "unstack",
 ]
 
@@ -157,6 +158,22 @@ def placement(params: Params, mesh: Mesh | AbstractMesh) -> Params:
         name: tuple(one(name, w) for w in weight) if type(weight) is tuple else one(name, weight)
         for name, weight in params.items()
     }
+
+
+def undivided(config: Config, mesh: Mesh | AbstractMesh | None) -> list[str]:
+    """A line for each parameter of which a mesh axis divides too little: what is kept on every device that could be split."""
+    found, sizes = [], dict(mesh.shape) if mesh is not None else {}
+    for name, spec in table(config).items():
+        if sum(axis != "layers" for axis in spec.axes) < 2:
+            continue
+        shape = shape_of(config, spec)
+        for axis, size, part in zip(spec.axes, shape, storage_spec(spec.axes, shape, sizes), strict=True):
+            given = part if isinstance(part, tuple) else (part,)
+            over = [one for one in STORAGE.get(axis, ()) if sizes.get(one, 1) > 1 and one not in given]
+            found += [
+                f"{name} is on every chip of `{one}`: {axis} {size} does not divide by {sizes[one]}" for one in over
+            ]
+    return found
 
 
 def init(config: Config, key: jax.Array, dtype: Any = jnp.float32) -> Params:

@@ -50,7 +50,7 @@ def show(plan: Plan) -> None:
     again = f"; made again: {job.remat}" if job.trains else ""
     out.print(f"mesh: {layout or 'one chip'}; {job.rows} rows of {job.length} = {job.tokens:,} tokens{parts}{again}")
     for line in plan.replicated:
-        out.print(f"on every chip: {line}", style="dim")
+        out.print(line, style="dim")
     memory = _table("memory of a chip", "")
     kinds = {
         "parameters": plan.memory.parameters,

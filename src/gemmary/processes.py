@@ -204,6 +204,7 @@ def _check(coordinator: str | None, process: int | None, processes: int | None, 
 
 def _connect(coordinator: str | None, process: int | None, processes: int | None, lost_after: int) -> None:
     """Within this the client of the service is made with our word for the end; JAX's own would abort."""
+    _keep_output()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)  # which takes SIGTERM for itself: see `Stopping`
@@ -275,6 +276,14 @@ def _leave() -> None:
             client.get_live_nodes(list(range(count())))  # returns when the others are gone
     with suppress(Exception):
         jax.distributed.shutdown()
+
+
+def _keep_output() -> None:
+    """What C++ prints (Gloo does, of its connections) goes to stderr: stdout is for answers."""
+    sys.stdout.flush()
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(answers, "w", encoding="utf-8", buffering=1)
 
 
 def _first_line(error: Exception) -> str:

@@ -56,13 +56,15 @@ def flash_attention(
     return by_heads(local, q, k, v, segments)
 
 
-def _splash(q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None) -> Array:
+def _splash(
+    q: Array, k: Array, v: Array, segments: Array, window: int | None, softcap: float | None, *, interpret: bool = False
+) -> Array:
     """By key/value head: its group of query heads reads it as in multi-query attention."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     B, T, N, H = q.shape
     K = k.shape[2]
-    kernel = _kernel(T, N // K, window, softcap)
+    kernel = _kernel(T, N // K, window, softcap, interpret)
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
@@ -75,7 +77,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, window: int | None, s
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-def _kernel(length: int, heads: int, window: int | None, softcap: float | None) -> Any:
+def _kernel(length: int, heads: int, window: int | None, softcap: float | None, interpret: bool) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = (length, length)
@@ -90,6 +92,7 @@ def _kernel(length: int, heads: int, window: int | None, softcap: float | None) 
         block_sizes=sizes,
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=CONTEXT,
+        interpret=interpret,
     )
 
 

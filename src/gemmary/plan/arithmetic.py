@@ -6,15 +6,14 @@ All numbers are of one chip and one step. The estimates count what cannot be avo
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemmary.adapters import adapt, split
-from gemmary.mesh import STORAGE, abstract_mesh
-from gemmary.params import Params, abstract, count, placement, shape_of, table
+from gemmary.mesh import abstract_mesh
+from gemmary.params import Params, abstract, count, placement, table
 from gemmary.plan.job import Job
 from gemmary.plan.network import seconds_of
 from gemmary.plan.roofline import Traffic
@@ -27,7 +26,6 @@ __all__ = [
     "made_again",
     "memory_estimate",
     "model_flops",
-    "replicated_rows",
     "traffic_estimate",
 ]
 
@@ -174,15 +172,3 @@ def traffic_estimate(job: Job) -> list[Traffic]:
     add("all-gather", "model", job.model, (6 if job.remat in ("none", "dots") else 8) * rounds, row, False)
     add("reduce-scatter", "model", job.model, 4 * rounds, row, False)
     return sorted(made, key=lambda part: -part.seconds)
-
-
-def replicated_rows(job: Job) -> list[str]:
-    """What the mesh cannot split, as lines for people."""
-    lines, sizes = list[str](), job.mesh
-    for name, spec in table(job.config).items():
-        shape: Any = dict(zip(spec.axes, shape_of(job.config, spec), strict=True))
-        for axis in spec.axes if sum(axis != "layers" for axis in spec.axes) > 1 else ():
-            over = [one for one in STORAGE.get(axis, ()) if sizes[one] > 1]
-            if over and shape[axis] % math.prod(sizes[one] for one in over):
-                lines.append(f"{name}: {axis} {shape[axis]} does not divide over {'+'.join(over)}")
-    return lines

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gemmary.mesh import abstract_mesh
+from gemmary.params import undivided
 from gemmary.plan.arithmetic import (
     attention_flops,
     compute_estimate,
     made_again,
     memory_estimate,
     model_flops,
-    replicated_rows,
     traffic_estimate,
 )
 from gemmary.plan.budget import Budget, budget
@@ -151,7 +152,7 @@ def _compiled(job: Job) -> Plan:
         guess["parameters"], guess["optimizer"], gradients, kept, max(built.memory.total - state - kept - gradients, 0.0), _available(job)
     )  # fmt: skip
     return Plan(
-        job, True, "", memory, needed, max(done - needed, 0.0), sent, time, replicated_rows(job), built.seconds,
+        job, True, "", memory, needed, max(done - needed, 0.0), sent, time, undivided(job.config, abstract_mesh(job.mesh)), built.seconds,
         built=built, program=program,
     )  # fmt: skip
 
@@ -201,4 +202,14 @@ def estimated(job: Job, why: str = "", needed: float | None = None) -> Plan:
         compute / float(chip.flops), max(moved / float(chip.memory_rate) - compute / float(chip.flops), 0.0),
         sum(part.exposed for part in sent), network,
     )  # fmt: skip
-    return Plan(job, False, why, memory, model_flops(job), made_again(job), sent, time, replicated_rows(job))
+    return Plan(
+        job,
+        False,
+        why,
+        memory,
+        model_flops(job),
+        made_again(job),
+        sent,
+        time,
+        undivided(job.config, abstract_mesh(job.mesh)),
+    )

@@ -23,14 +23,14 @@ from gemmary.data.turns import Rows
 from gemmary.errors import GemmaryError, check_bounds
 from gemmary.mesh import platform, using
 from gemmary.model.transformer import Remat
-from gemmary.params import Params, is_stacked, stack
+from gemmary.params import Params, is_stacked, stack, undivided
 from gemmary.quantization import quantize_weight
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.endurance import Watched
 from gemmary.train.head import Head, chunk_size
 from gemmary.train.loop import Hook, LoopSettings, Report
 from gemmary.train.memory import compile_lean
-from gemmary.train.meshed import check_rows, fed, forms, local, made, on_host, placed, rows_here, undivided
+from gemmary.train.meshed import check_rows, fed, forms, local, made, on_host, placed, rows_here
 from gemmary.train.model_files import AdapterFiles, ModelFiles, NativeFiles
 from gemmary.train.optimizer import OptimizerSettings, learning_rate, optimizer
 from gemmary.train.run import Ended, Say, keep_best, run

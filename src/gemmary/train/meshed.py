@@ -18,15 +18,14 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding
 
 from gemmary import processes
-from gemmary.config import Config
 from gemmary.errors import GemmaryError, check_bounds
-from gemmary.mesh import ROWS, STORAGE, make_mesh, replicated, rows_sharding, storage_spec
-from gemmary.params import Params, placement, shape_of, table
+from gemmary.mesh import ROWS, make_mesh, replicated, rows_sharding
+from gemmary.params import Params, placement
 from gemmary.train.step import TrainState, state_shardings
 
 __all__ = [
     "MeshSettings", "check_rows", "fed", "forms", "host", "local", "made", "on_host", "placed", "rows_here",
-    "rows_of_a_device", "undivided",
+    "rows_of_a_device",
 ]  # fmt: skip
 
 
@@ -78,23 +77,6 @@ def check_rows(where: str, batch: int, accumulate: int, mesh: Mesh | None) -> No
         raise GemmaryError(
             f"{where}.batch is {batch}, which{parts} does not divide over the {over} of slices x data: {fits} would"
         )
-
-
-def undivided(config: Config, mesh: Mesh | None) -> list[str]:
-    """A line for each parameter of which a mesh axis divides too little: what is kept on every chip that could be split."""
-    found = []
-    sizes = dict(mesh.shape) if mesh is not None else {}
-    for name, spec in table(config).items():
-        shape = shape_of(config, spec)
-        if sum(axis != "layers" for axis in spec.axes) < 2:
-            continue
-        stored = storage_spec(spec.axes, shape, sizes)
-        for axis, size, part in zip(spec.axes, shape, stored, strict=True):
-            given = part if isinstance(part, tuple) else (part,)
-            for one in STORAGE.get(axis, ()):
-                if sizes.get(one, 1) > 1 and one not in given:
-                    found.append(f"{name} is on every chip of `{one}`: {axis} {size} does not divide by {sizes[one]}")
-    return found
 
 
 def made(mesh: Mesh | None, make: Callable[..., TrainState], *given: Any) -> TrainState:

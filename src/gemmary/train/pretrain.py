@@ -24,7 +24,7 @@ from gemmary.data.tokens import Tokens, tokenizer_digest
 from gemmary.errors import GemmaryError, check_bounds
 from gemmary.mesh import platform, using
 from gemmary.model.transformer import Remat
-from gemmary.params import count, init, unstack
+from gemmary.params import count, init, undivided, unstack
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.endurance import Watched
 from gemmary.train.flops import peak_flops, train_flops
@@ -32,7 +32,7 @@ from gemmary.train.head import Head, chunk_size
 from gemmary.train.held_out import bits_per_byte
 from gemmary.train.loop import Hook, LoopSettings, Report
 from gemmary.train.memory import compile_lean
-from gemmary.train.meshed import check_rows, fed, forms, made, rows_here, rows_of_a_device, undivided
+from gemmary.train.meshed import check_rows, fed, forms, made, rows_here, rows_of_a_device
 from gemmary.train.model_files import NativeFiles
 from gemmary.train.objectives import language_loss
 from gemmary.train.optimizer import OptimizerSettings, learning_rate, optimizer

@@ -37,13 +37,13 @@ from gemmary.data.packing import Batch
 from gemmary.data.turns import PromptBatch, Prompts
 from gemmary.errors import GemmaryError, check_bounds
 from gemmary.mesh import using
-from gemmary.params import Params
+from gemmary.params import Params, undivided
 from gemmary.text.tokenizer import Tokenizer
 from gemmary.train.finetune import Learner, TuneSettings, describe, learner
 from gemmary.train.head import Head
 from gemmary.train.journal import read_entries
 from gemmary.train.loop import Hook, LoopSettings, Report
-from gemmary.train.meshed import check_rows, fed, made, undivided
+from gemmary.train.meshed import check_rows, fed, made
 from gemmary.train.objectives import policy_loss, target_log_probs
 from gemmary.train.optimizer import optimizer
 from gemmary.train.rewards import Reward, rewarded
