@@ -221,12 +221,17 @@ def _connect(coordinator: str | None, process: int | None, processes: int | None
             coordinator, processes, process, initialization_timeout=int(_JOIN), heartbeat_timeout_seconds=lost_after
         )
     except Exception as error:
-        what = f"the coordinator {coordinator} and {processes} processes" if coordinator else "a cluster"
+        jax.config.update("jax_logging_level", "CRITICAL")  # what it says of its own end is known
+        with suppress(Exception):
+            jax.distributed.shutdown()
+        distributed.global_state.client = distributed.global_state.service = None
+        if coordinator is None:
+            raise GemmaryError(
+                f"no cluster was found ({_first_line(error)}): give --coordinator, --process-id and --processes"
+            ) from None
         raise GemmaryError(
-            f"{what} did not come together within {_JOIN:.0f} s ({_first_line(error)}): are all processes started, with the "
-            "same --coordinator (an address of process 0's machine) and --processes?"
-            if coordinator
-            else f"no cluster was found ({_first_line(error)}): give --coordinator, --process-id and --processes"
+            f"{processes} processes did not come together at {coordinator} within {_JOIN:.0f} s: are all started, with the same "
+            "--coordinator (an address of process 0's machine) and the same --processes?"
         ) from None
     finally:
         setattr(_jax, "get_distributed_runtime_client", made)  # noqa: B010

@@ -8,6 +8,7 @@ import pytest
 
 from gemmary.hardware import parse_topology
 from gemmary.plan import shapes_of
+from gemmary.plan.arithmetic import made_again
 from gemmary.plan.job import training_job
 from gemmary.plan.planned import Plan, plan
 from gemmary.presets import PRESETS
@@ -45,9 +46,9 @@ def test_it_fits_and_its_memory_is_the_compilers(made: Plan) -> None:
 
 
 def test_its_products_are_the_models_and_what_is_made_again(made: Plan) -> None:
-    again = {"layers": (0.25, 0.36), "ffw": (0.1, 0.25)}[made.job.remat]
-    assert again[0] < made.made_again / made.model_flops < again[1]
-    assert 0.2 < made.mfu < 0.95
+    # XLA leaves out of what is made again the products that nothing needs, and attention is in whole blocks.
+    assert 0.6 < made.made_again / made_again(made.job) < 1.3
+    assert 0.1 < made.mfu < 0.95
 
 
 def test_nobody_gathers_the_embedding_and_nothing_is_square(made: Plan) -> None:

@@ -54,10 +54,13 @@ class MemoryUse:
     shared: int
     """Of the results, what takes the place of arguments."""
     temporary: int
+    peak: int
+    """The most that is taken at any moment, where the compiler says; else 0."""
 
     @property
     def total(self) -> int:
-        return self.arguments + self.results - self.shared + self.temporary
+        """What a chip must have."""
+        return self.peak or self.arguments + self.results - self.shared + self.temporary
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,9 @@ def build(job: Job) -> Built:
             raise GemmaryError(f"the compiler refuses the step: {str(error).splitlines()[0][:300]}") from None
     used = program.memory_analysis()
     memory = MemoryUse(
-        used.argument_size_in_bytes, used.output_size_in_bytes, used.alias_size_in_bytes, used.temp_size_in_bytes
-    )
+        used.argument_size_in_bytes, used.output_size_in_bytes, used.alias_size_in_bytes, used.temp_size_in_bytes,
+        getattr(used, "peak_memory_in_bytes", 0),
+    )  # fmt: skip
     return Built(program.as_text(), memory, time.perf_counter() - started, program, low.as_text().encode())
 
 
