@@ -21,6 +21,7 @@ from test_run import Files, begun
 from training_runs import finished, until
 
 from gemmary.errors import GemmaryError
+from gemmary.processes import EXIT_CODE
 from gemmary.report import report
 from gemmary.train import traces as traces_module
 from gemmary.train import watchdog as watchdog_module
@@ -30,7 +31,7 @@ from gemmary.train.loop import Hook, LoopSettings
 from gemmary.train.pace import Pace, Taken
 from gemmary.train.run import Ended, run
 from gemmary.train.step import TrainState
-from gemmary.train.watchdog import EXIT_CODE, Place, Watchdog
+from gemmary.train.watchdog import Place, Watchdog
 
 STEPS = 12
 

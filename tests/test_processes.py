@@ -213,9 +213,11 @@ def test_pieces_are_read_box_by_box_whatever_cut_them(tmp_path: Path) -> None:
     assert mesh is not None
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model", "data"))
     values = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
     tree = {"a": jax.device_put(values, where), "b": jax.device_put(np.float32(3), jax.devices()[0])}
+    tree["copied"] = jax.device_put(values, rows)
     pieces = pieces_here("x", tree)
-    assert len(pieces) == 9
+    assert len(pieces) == 8 + 1 + 4  # of what two devices hold one is written
     write_pieces(tmp_path / "parts", 0, pieces[:4])
     write_pieces(tmp_path / "parts", 1, pieces[4:])
     with opened(tmp_path) as found:

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 EXIT_CODE = 75
-"""Of a process whose run another one's loss has ended: a temporary failure (EX_TEMPFAIL of sysexits.h), to be started again."""
+"""Of a process that ends because it hangs, or another one is lost: a temporary failure (EX_TEMPFAIL of sysexits.h), to be started again."""
 
 _PATIENT = 7 * 24 * 3600.0  # seconds: what one process prepares, the others wait for
 _JOIN, _LOOK, _END = 120.0, 1.0, 5.0

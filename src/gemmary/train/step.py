@@ -136,7 +136,13 @@ def _in_parts(gradient: Any, params: Params, batch: Any, rng: Array, *, parts: i
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
         raise GemmaryError(f"a batch of {rows} rows cannot be taken in {parts} equal parts: change batch or accumulate")
-    cut = jax.tree.map(lambda x: x.reshape(parts, rows // parts, *x.shape[1:]), batch)
+
+    def in_parts(x: Array) -> Array:
+        if axes_in_use():  # every device has some rows of each part
+            return x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(parts, rows // parts, *x.shape[1:])
+
+    cut = jax.tree.map(in_parts, batch)
 
     def add(done: Any, at: tuple[Any, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, done, gradient(params, *at)), None

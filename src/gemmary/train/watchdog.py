@@ -15,10 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["EXIT_CODE", "Place", "Watchdog"]
+from gemmary.processes import EXIT_CODE
 
-EXIT_CODE = 75
-"""Of a process that ends because it hangs: a temporary failure (EX_TEMPFAIL of sysexits.h), to be started again."""
+__all__ = ["Place", "Watchdog"]
 
 _LEAST, _TIMES = 300.0, 20.0
 _PATIENT = 3600.0  # at least, and ten times a step's limit, for what is slow by nature
