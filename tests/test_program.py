@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gemmary.errors import GemmaryError
 from gemmary.plan import (
     Collective,
+    Costs,
     Program,
     Shape,
     collectives,
@@ -562,3 +563,20 @@ ENTRY %main (p: bf16[32], a: f32[8,8]) -> bf16[64] {
     assert (found.kind, found.operand_bytes, found.result_bytes, found.times) == ("all-gather", 64, 128, 1)
     assert found.overlapped_flops == 2 * 8**3
     assert wrapped.times["async_computation"] == 1
+
+
+def test_products_of_int8_can_count_for_less() -> None:
+    a, b = jax.ShapeDtypeStruct((8, 16), jnp.int8), jax.ShapeDtypeStruct((16, 4), jnp.int8)
+    product = jax.jit(lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.int32))
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: s8[8,16], b: s8[16,4]) -> s32[8,4] {
+  %a = s8[8,16]{1,0} parameter(0)
+  %b = s8[16,4]{1,0} parameter(1)
+  ROOT %dot = s32[8,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    program = read_program(text)
+    assert Costs(program).flops[program.entry] == 2 * 8 * 16 * 4
+    assert Costs(program, eight=2.0).flops[program.entry] == 8 * 16 * 4
+    assert matmul_flops(read_program(product.lower(a, b).compile().as_text())) == 2 * 8 * 16 * 4

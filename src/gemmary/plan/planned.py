@@ -139,9 +139,10 @@ def _compiled(job: Job) -> Plan:
     costs = Costs(program)
     chip = job.topology.chip
     limits = Limits(float(chip.flops), float(chip.memory_rate))
-    sent, _ = traffic(program, costs, limits, job.mesh, job.topology)
+    timed = Costs(program, eight=chip.int8 / chip.flops) if job.int8 else costs
+    sent, _ = traffic(program, timed, limits, job.mesh, job.topology)
     kernels = _kernels(job, program)
-    time = step_time(program, costs, limits, sent, {name: flops for name, (flops, _) in kernels.items()})
+    time = step_time(program, timed, limits, sent, {name: flops for name, (flops, _) in kernels.items()})
     done = costs.flops[program.entry] + sum(flops * times for flops, times in kernels.values())
     needed = model_flops(job)
     guess = memory_estimate(job)
