@@ -341,4 +341,5 @@ def test_metrics_count(server: Server) -> None:
         after["gemmary_prompt_tokens_total"] - before["gemmary_prompt_tokens_total"] == answer["usage"]["prompt_tokens"]
     )
     assert after["gemmary_first_token_seconds_count"] == before["gemmary_first_token_seconds_count"] + 1
-    assert (after["gemmary_slots"], after["gemmary_busy"], after["gemmary_queued"]) == (2, 0, 0)
+    assert (after["gemmary_slots"], after["gemmary_queued"]) == (2, 0)
+    until(lambda: server.stats()["gemmary_busy"] == 0, 1)  # the slot is let go of right after the last token is out

@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
     def run_until_closed(self) -> None:
         """Blocks. Raises GemmaryError where the model could not be loaded."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # requests that go wrong are in our own log
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # and so are clients that left while they were written to
         _allow_many_files()
         log("listening", address=self.address)
         loader = threading.Thread(target=self._load, daemon=True)
