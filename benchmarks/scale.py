@@ -47,20 +47,10 @@ RUNS = [
     Run("Gemma 2 9B", "gemma2-9b", 16, 256, 1, 4096, remat="layers", part="later"),
     Run("Gemma 3 27B", "gemma3-27b", 16, 256, 1, 4096, remat="layers", part="later"),
     *(Run(f"7B on {n} pods", "gemma-7b", n, 16, 16, 32 * n, part="pods") for n in (1, 4, 64)),
-    *(
-        Run(
-            f"2B at {length // 1024}k",
-            "gemma-2b",
-            2,
-            256,
-            1,
-            max(512 * 8192 // length, 512),
-            length,
-            "layers",
-            "context",
-        )
-        for length in (2048, 8192, 32768, 131072)
-    ),
+    Run("2B at 2k", "gemma-2b", 2, 256, 1, 2048, 2048, "layers", "context"),
+    Run("2B at 8k", "gemma-2b", 2, 256, 1, 512, 8192, "layers", "context"),
+    Run("2B at 32k", "gemma-2b", 2, 256, 1, 512, 32768, "layers", "context"),
+    Run("2B at 128k", "gemma-2b", 2, 32, 8, 64, 131072, "layers", "context"),
 ]
 
 
@@ -189,12 +179,23 @@ def grown(found: list[dict[str, Any]], key: str, what: str) -> str:
         inside = sum(part["bytes"] for part in one["collectives"] if not part["crosses_slices"])
         rows.append(
             [
-                f"{one[key]:,}", f"{one['chips']:,}", f"{one['tokens_per_step'] / 2**20:g}Mi", gib(one["memory"]["total"]), gib(inside),
+                f"{one[key]:,}", f"{one['chips']:,}", mesh(one), f"{one['tokens_per_step'] / 2**20:g}Mi", f"{gib(one['memory']['total'])}{'' if one['fits'] else ' (does not fit)'}", gib(inside),
                 f"{1000 * between:.1f} ms", f"{one['step_seconds']:.2f} s", f"{one['mfu']:.1%}",
             ]
         )  # fmt: skip
     return table(
-        [what, "chips", "tokens a step", "GiB a chip", "GiB sent inside a pod", "between pods", "a step", "MFU"], rows
+        [
+            what,
+            "chips",
+            "mesh",
+            "tokens a step",
+            "GiB a chip",
+            "GiB sent inside a pod",
+            "between pods",
+            "a step",
+            "MFU",
+        ],
+        rows,
     )
 
 

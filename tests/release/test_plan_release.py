@@ -47,7 +47,7 @@ def test_it_fits_and_its_memory_is_the_compilers(made: Plan) -> None:
 
 def test_its_products_are_the_models_and_what_is_made_again(made: Plan) -> None:
     # XLA leaves out of what is made again the products that nothing needs, and attention is in whole blocks.
-    assert 0.6 < made.made_again / made_again(made.job) < 1.3
+    assert 0.6 < made.made_again / made_again(made.job) < 1.5
     assert 0.1 < made.mfu < 0.95
 
 
