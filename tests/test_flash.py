@@ -35,18 +35,20 @@ def direct(q: Any, k: Any, v: Any, marks: Marks, window: int | None, softcap: fl
 
 @pytest.mark.parametrize(
     ("kind", "heads", "keys", "window", "softcap"),
-    [("splash", 2, 1, None, None), ("splash", 4, 2, 40, 30.0), ("splash", 2, 2, 300, None), ("cudnn", 4, 2, None, None), ("cudnn", 2, 1, 40, None)],
+    [("splash", 2, 1, None, None), ("splash", 4, 2, 40, 30.0), ("splash", 2, 2, 300, None), ("long", 2, 1, None, None), ("cudnn", 4, 2, None, None), ("cudnn", 2, 1, 40, None)],
 )  # fmt: skip
 def test_it_is_attention_and_so_is_its_gradient(
-    kind: str, heads: int, keys: int, window: int | None, softcap: float | None
+    kind: str, heads: int, keys: int, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kind == "long":
+        monkeypatch.setattr(flash, "FUSED", 0)
     q, k, v, marks = arrays(heads, keys)
     segments = jnp.where(marks.positions < 0, -1, marks.segments)
     real = (marks.positions >= 0)[..., None, None]
     pull = jax.random.normal(jax.random.key(3), q.shape) * real
 
     def ours(q: Any, k: Any, v: Any) -> Any:
-        if kind == "splash":
+        if kind != "cudnn":
             return flash._splash(q, k, v, segments, window, softcap, interpret=True)
         return flash._cudnn(q, k, v, segments, window, implementation="xla")
 

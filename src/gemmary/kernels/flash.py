@@ -15,13 +15,15 @@ from jaxtyping import Array, Float, Int
 from gemmary.mesh import platform
 from gemmary.spread import by_heads
 
-__all__ = ["CONTEXT", "flash_attention", "serves_flash"]
+__all__ = ["CONTEXT", "FUSED", "flash_attention", "serves_flash"]
 
 CONTEXT = "context"
 """The name (`checkpoint_name`) under which a backward pass finds what attention gave, where it was kept."""
 
 _LANES = 128
 _BLOCK = 512
+FUSED = 8192
+"""Rows to which one kernel makes the whole backward pass: it keeps the queries' gradient for each block of keys, too much for longer ones."""
 
 
 def serves_flash(length: int, head_dim: int, softcap: float | None) -> bool:
@@ -83,9 +85,11 @@ def _kernel(length: int, heads: int, window: int | None, softcap: float | None, 
     shape = (length, length)
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
     block = next(size for size in (_BLOCK, 256, _LANES) if length % size == 0)
+    fused = length <= FUSED
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+        block_kv_dkv_compute=block, block_q_dq=None if fused else block, block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
     )  # fmt: skip
     return splash.make_splash_mqa_single_device(
         splash.MultiHeadMask([mask] * heads),

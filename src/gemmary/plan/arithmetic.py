@@ -47,16 +47,17 @@ def model_flops(job: Job) -> float:
     return job.rows * whole * (2 / 3 if job.kind == "lora" else 1) / job.chips
 
 
-def attention_flops(job: Job, *, backward: bool, block: int = _BLOCK) -> float:
-    """Of one layer, the mean over layers, of the rows that a chip has at once: as kernels do it, in whole blocks of queries and keys."""
+def attention_flops(job: Job, products: int, *, block: int = _BLOCK) -> float:
+    """Of one layer, the mean over layers, of the rows that a chip has at once: as kernels do it, in whole blocks of queries and keys.
+
+    `products` are those of the kernel that have a score for each pair on one side: two forward, five in a whole backward pass.
+    """
     heads = job.config.num_heads // (job.model if job.config.num_heads % job.model == 0 else 1)
     blocks = math.ceil(job.length / block)
     pairs = 0.0
     for kind in job.config.layer_kinds():
         back = blocks if kind.window is None else min(blocks, math.ceil((kind.window - 1) / block) + 1)
         pairs += sum(min(i + 1, back) for i in range(blocks)) * block**2
-    # Forward there are two products with the scores. Backward makes the scores again, and gradients of four things.
-    products = 5 if backward else 2
     flops: float = job.rows_at_once * heads * 2 * products * job.config.head_dim * pairs / job.config.num_layers
     return flops
 

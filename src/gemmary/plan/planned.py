@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gemmary.kernels.flash import FUSED
 from gemmary.mesh import abstract_mesh
 from gemmary.params import undivided
 from gemmary.plan.arithmetic import (
@@ -165,7 +166,10 @@ def _kernels(job: Job, program: Program) -> dict[str, tuple[float, int]]:
         for one in program.computations[name].instructions.values():
             if one.quoted("custom_call_target") == "tpu_custom_call":
                 where = (one.quoted("op_name") or "") + one.name
-                found[one.name] = attention_flops(job, backward="dkv" in where or "dq" in where), times
+                # The long rows' backward pass is two kernels, which both make the scores and their gradient.
+                fused = job.length <= FUSED
+                products = (5 if fused else 4) if "dkv" in where else 3 if "dq" in where else 2
+                found[one.name] = attention_flops(job, products), times
     return found
 
 
