@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from gemmary.kernels.flash import FUSED
@@ -123,11 +123,7 @@ def plan(
     if tokens is None or not job.trains:
         return made
     spent = budget(tokens, job.tokens, made.time.total, job.topology, job.slices, grid)
-    return Plan(**{**_fields(made), "spent": spent})
-
-
-def _fields(made: Plan) -> dict[str, Any]:
-    return {name: getattr(made, name) for name in Plan.__dataclass_fields__}
+    return replace(made, spent=spent)
 
 
 def _available(job: Job) -> float:
@@ -141,7 +137,7 @@ def _compiled(job: Job) -> Plan:
     chip = job.topology.chip
     limits = Limits(float(chip.flops), float(chip.memory_rate))
     timed = Costs(program, eight=chip.int8 / chip.flops) if job.int8 else costs
-    sent, _ = traffic(program, timed, limits, job.mesh, job.topology)
+    sent = traffic(program, timed, limits, job.mesh, job.topology)
     kernels = _kernels(job, program)
     time = step_time(program, timed, limits, sent, {name: flops for name, (flops, _) in kernels.items()})
     done = costs.flops[program.entry] + sum(flops * times for flops, times in kernels.values())

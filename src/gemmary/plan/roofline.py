@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gemmary.hardware import Topology
 from gemmary.plan.network import seconds_of
 from gemmary.plan.program import Program
-from gemmary.plan.program_collectives import Collective, collectives
+from gemmary.plan.program_collectives import collectives
 from gemmary.plan.program_costs import Costs
 
 __all__ = ["Limits", "StepTime", "Traffic", "step_time", "traffic"]
@@ -98,13 +98,10 @@ def step_time(
     return StepTime(compute, memory, sum(part.exposed for part in sent), dict(network))
 
 
-def traffic(
-    program: Program, costs: Costs, limits: Limits, mesh: dict[str, int], topology: Topology
-) -> tuple[list[Traffic], list[Collective]]:
-    """What a program sends, by kind and axes, the longest first; and each collective by itself."""
-    found = collectives(program, mesh, costs=costs)
+def traffic(program: Program, costs: Costs, limits: Limits, mesh: dict[str, int], topology: Topology) -> list[Traffic]:
+    """What a program sends, by kind and axes, the longest first."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
-    for one in found:
+    for one in collectives(program, mesh, costs=costs):
         seconds = seconds_of(one.kind, one.operand_bytes, one.result_bytes, one.group, one.axes, topology)
         hidden = max(one.overlapped_flops / limits.flops, one.overlapped_bytes / limits.bytes)
         sum_ = sums[one.kind, one.along]
@@ -116,4 +113,4 @@ def traffic(
         Traffic(kind, along, int(count), int(size), seconds, exposed, "slice" in along.split("+"))
         for (kind, along), (count, size, seconds, exposed) in sums.items()
     ]
-    return sorted(made, key=lambda part: -part.seconds), found
+    return sorted(made, key=lambda part: -part.seconds)

@@ -38,7 +38,7 @@ def serving_step(job: Job, mesh: Mesh | AbstractMesh) -> tuple[Any, tuple[Any, .
 
     def place(x: Any) -> Any:
         """Keys and values by their heads where these divide; positions everywhere."""
-        parts = spec([(), ("model",), (), ()][: x.ndim] if x.ndim == 4 else [()] * x.ndim, x.shape, sizes)
+        parts = spec([(), ("model",), (), ()] if x.ndim == 4 else [()] * x.ndim, x.shape, sizes)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, parts))
 
     def step(params: Any, cache: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
